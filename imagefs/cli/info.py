@@ -1,0 +1,65 @@
+"""``imagefs info STORE/NAME``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from imagefs.cli.opening import image_reader
+from imagefs.cli.terminal import printable, size_text
+from imagefs.image.streams import MEMORY
+
+DESCRIPTION = """\
+Show what is known about an image. Only its metadata is fetched: three requests, whatever
+the size of its memory.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("image", metavar="STORE/NAME", help="a path or an http(s) URL")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    with image_reader(args.image) as reader:
+        image = reader.image
+        facts: dict[str, Any] = {
+            **image.metadata.document,
+            "image": image.digest.hex(),
+            "chunk_pages": image.manifest.chunk_pages,
+            "stored_bytes": image.manifest.stored_bytes,
+            "metadata_bytes": image.manifest.metadata_size,
+            "streams": {name: stream.size for name, stream in image.manifest.streams.items()},
+        }
+    print(json.dumps(facts, indent=2) if args.json else "\n".join(_lines(facts)))
+    return 0
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    restore = facts["restore"]
+    tables = sum(count for _, count, _ in facts["page_tables"])
+    rows = [
+        ("image", facts["image"]),
+        ("source", f"{facts['source']['format']} {facts['source']['version']}"),
+        ("memory", size_text(facts["streams"][MEMORY])),
+        ("to fetch", f"{size_text(facts['stored_bytes'])} for all of it"),
+        ("metadata", f"{size_text(facts['metadata_bytes'])}, fetched at mount"),
+        ("chunks", f"{facts['chunk_pages']} pages of {facts['page_size']} bytes"),
+        ("state", size_text(facts["state_bytes"])),
+        ("native file", size_text(facts["native_bytes"])),
+        ("config", ", ".join(facts["config"]) or "none"),
+        ("page tables", f"{tables} frames" if tables else "not known"),
+        ("restore", _restore_text(restore)),
+    ]
+    for r in facts["regions"]:
+        place = f"at guest-physical {r['guest_address']:#x}, in memory at {r['offset']:#x}"
+        rows.append(("region", f"{r['name']}: {size_text(r['size'])} {place}"))
+    return [f"{label + ':':13}{printable(value)}" for label, value in rows]
+
+
+def _restore_text(restore: dict[str, Any]) -> str:
+    if not restore:
+        return "not possible from this format: inspect only"
+    return f"{restore.get('vmm', '?')}, machine {restore.get('machine', '?')}"

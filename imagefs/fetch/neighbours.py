@@ -1,0 +1,51 @@
+"""Which windows are worth having beside the one that was touched: decisions only.
+
+Two kinds of reader. A guest jumps about, but not far: of the 169 windows that a Linux guest touches before it answers
+its first question, 65 have to be waited for if the four on either side of each touch follow it, 85 with two, 46 with
+eight (at 491, 378 and 677 windows fetched; measured with a 768 MiB guest). A tool reads one window after the other; for
+it the distance doubles as long as it goes on, as in a kernel's readahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+NEAR = 4
+"""Windows on either side of a touch."""
+FARTHEST = 64
+"""Windows ahead of a sequential reader: 4 MiB, more than 100 Mbit/s carry in 300 ms of zstd'd memory."""
+
+
+class Neighbourhood:
+    """Follows the touches of one stream. Synchronous, constant memory."""
+
+    def __init__(self, windows: int) -> None:
+        self._windows = windows
+        self._next = -1
+        self._depth = NEAR
+        self._ahead = -1
+        """The window up to which a sequential reader's future has been asked for."""
+
+    def touched(self, first: int, last: int, *, missed: bool) -> Iterator[int]:
+        """Windows to fetch next, the most wanted first, after a read of windows ``first`` to ``last``.
+
+        ``missed`` tells whether it had to wait. A sequential reader must not have to: it asks for more while half of
+        what it asked for before is still ahead of it.
+        """
+        sequential = first == self._next or (first == self._next - 1 and last >= first)
+        self._next = last + 1
+        if sequential and self._ahead >= first:
+            if not missed and last + self._depth // 2 < self._ahead:
+                return iter(())
+            self._depth = min(2 * self._depth, FARTHEST)
+            begin, self._ahead = max(last, self._ahead) + 1, last + self._depth
+            return self._clip(range(begin, self._ahead + 1))
+        if not missed:
+            return iter(())
+        self._depth = NEAR
+        self._ahead = last + NEAR
+        return self._clip(chain(range(last + 1, last + NEAR + 1), range(first - NEAR, first)))
+
+    def _clip(self, wanted: range | chain[int]) -> Iterator[int]:
+        return (window for window in wanted if 0 <= window < self._windows)

@@ -1,0 +1,291 @@
+"""An image opened for reading: index, scheduler, sink and sweep put together. What a mount holds."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import trio
+from cachetools import LRUCache
+
+from imagefs.errors import CorruptObjectError, TimedOutError
+from imagefs.fetch.arrivals import ArrivalLog
+from imagefs.fetch.flights import Flight, Priority
+from imagefs.fetch.locator import Locator
+from imagefs.fetch.memory import MemoryPages
+from imagefs.fetch.neighbours import Neighbourhood
+from imagefs.fetch.options import FetchOptions
+from imagefs.fetch.scheduler import Scheduler
+from imagefs.fetch.sink import PageSink
+from imagefs.fetch.sweep import sweep
+from imagefs.fetch.trace import TouchTrace
+from imagefs.fetch.transfer import Transfer
+from imagefs.fetch.view import PageInfo
+from imagefs.image.chunks import Codec
+from imagefs.image.geometry import PAGE_SIZE, Geometry
+from imagefs.image.index import BlockRef, ChunkRef, IndexBlock, NeedBlock
+from imagefs.image.streams import MEMORY
+from imagefs.store.base import Store
+from imagefs.store.location import open_store, parse_location
+from imagefs.store.reader import Image, Wanted, expand, load_image
+
+SinkFactory = Callable[[Image], PageSink]
+
+WINDOWS_KEPT = 8 << 20
+"""Bytes of windows of the streams other than memory that are kept: the sink keeps memory only."""
+
+
+class OpenedImage:
+    """Implements :class:`imagefs.fetch.view.ImageView`. One event loop; made by :func:`open_image`."""
+
+    def __init__(self, location: str, image: Image, store: Store, sink: PageSink, options: FetchOptions) -> None:
+        self._location = location
+        self._image = image
+        self._sink = sink
+        self._options = options
+        self._codec = Codec()
+        self._geometry = image.metadata.geometry
+        self._chunk_pages = image.manifest.chunk_pages
+        self._window_size = image.manifest.window_size
+        self._windows: LRUCache[tuple[str, int], bytes] = LRUCache(WINDOWS_KEPT, getsizeof=len)
+        self._kinds = image.metadata.kinds
+        self._neighbourhood = Neighbourhood(image.manifest.streams[MEMORY].windows(self._chunk_pages))
+        self._pages = MemoryPages(self._geometry.pages, self._chunk_pages, sink)
+        self.trace = TouchTrace(self._geometry.pages)
+        transfer = Transfer(store, sink, self._codec, self._chunk_pages, self._geometry.pages)
+        self.scheduler = Scheduler(transfer, self._landed, connections=options.connections, origin=store.origin)
+        self.locator = Locator(
+            image.manifest.streams, self._chunk_pages, image.metadata.parts, sink, self.scheduler, self._leaf_loaded
+        )
+        for page, data in image.metadata.pages:
+            self._pages.keep(page, data)
+
+    def __repr__(self) -> str:
+        return f"<OpenedImage {self._location}: {self.scheduler!r}>"
+
+    @property
+    def name(self) -> str:
+        return self._location
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._geometry
+
+    @property
+    def document(self) -> Mapping[str, Any]:
+        return self._image.metadata.document
+
+    @property
+    def native_size(self) -> int:
+        return int(self.document["native_bytes"])
+
+    @property
+    def streams(self) -> Mapping[str, int]:
+        return {name: stream.size for name, stream in self._image.manifest.streams.items()}
+
+    @property
+    def arrivals(self) -> ArrivalLog:
+        return self._pages.arrivals
+
+    def read_present(self, stream: str, offset: int, length: int, *, touch: bool = True) -> bytes | None:
+        length = min(length, self._image.manifest.streams[stream].size - offset)
+        if length <= 0:
+            return b""
+        if stream == MEMORY:
+            data = self._sink.read(offset, length)
+            if data is not None:
+                self._touched(offset, length, trace=touch, missed=False)
+            return data
+        pieces = [self._windows.get((stream, number)) for number in self._numbers(offset, length)]
+        if None in pieces:
+            return None
+        return self._cut([piece for piece in pieces if piece is not None], offset, length)
+
+    async def read(self, stream: str, offset: int, length: int, *, touch: bool = True) -> bytes:
+        data = self.read_present(stream, offset, length, touch=touch)
+        if data is not None:
+            return data
+        length = min(length, self._image.manifest.streams[stream].size - offset)
+        numbers = self._numbers(offset, length)
+        with self._patience(f"{stream} at {offset:#x}"):
+            found = [await self._start(stream, number) for number in numbers]
+            # All flights first, then the waiting: a read of several windows takes one round trip.
+            if stream == MEMORY:
+                self._touched(offset, length, trace=touch, missed=True)
+            windows = [await each.wait() if isinstance(each, Flight) else each for each in found]
+        return self._cut(windows, offset, length)
+
+    async def page_info(self, page: int) -> PageInfo:
+        kind = next((k.kind for k in self._kinds if k.first <= page < k.first + k.count), "ram")
+        window, slot = divmod(page, self._chunk_pages)
+        with self._patience(f"index of page {page}"):
+            chunk = await self.locator.find(MEMORY, window, Priority.TOUCH)
+        if chunk is None or not chunk.pages >> slot & 1:
+            return PageInfo("zero", None, kind)
+        here = self._sink.has(page, 1)
+        return PageInfo("present" if here else "remote", f"blake3:{chunk.digest.hex()}", kind)
+
+    def present_bitmap(self, offset: int, length: int) -> bytes:
+        return self._sink.bitmap(offset, length)
+
+    def status(self) -> dict[str, Any]:
+        link = self.scheduler.link
+        return {
+            "image": self._image.digest.hex(),
+            "source": self._location,
+            "memory": {"pages": self._geometry.pages, "page_size": PAGE_SIZE, "complete": self.arrivals.complete},
+            "stored_bytes": self._image.manifest.stored_bytes,
+            "cache": self._sink.statistics(),
+            "fetch": {
+                **asdict(self.scheduler.counters),
+                "store_answers": not self.scheduler.in_outage,
+                "queued": {p.name.lower(): self.scheduler.table.queued(p) for p in Priority},
+                "in_flight": [repr(flight) for flight in self.scheduler.table.flights() if flight.flying],
+                "prefetch": self._options.prefetch,
+                "connections": self._options.connections,
+                "request_seconds": link.request_seconds,
+                "background_request_bytes": link.background_size(),
+            },
+            "touches": len(self.trace),
+        }
+
+    async def run(self) -> None:
+        """Fetch until cancelled: workers, and the sweep if it is wanted."""
+        async with trio.open_nursery() as nursery:
+            self.scheduler.start(nursery)
+            if self._options.prefetch == "all":
+                memory = self._image.manifest.streams[MEMORY]
+                nursery.start_soon(sweep, memory, self._chunk_pages, self, self.scheduler, name="sweep")
+
+    # --- reading
+
+    @contextmanager
+    def _patience(self, what: str) -> Iterator[None]:
+        """For as long as the user wants to wait; TimedOutError after that."""
+        timeout = self._options.timeout
+        with trio.move_on_after(float("inf") if timeout is None else timeout) as scope:
+            yield
+        if scope.cancelled_caught:
+            raise TimedOutError(f"{self._location}: {what}: not here after {timeout} s")
+
+    def _numbers(self, offset: int, length: int) -> range:
+        return range(offset // self._window_size, (offset + length - 1) // self._window_size + 1)
+
+    def _cut(self, windows: list[bytes], offset: int, length: int) -> bytes:
+        start = offset % self._window_size
+        if len(windows) == 1:
+            return windows[0][start : start + length]
+        return b"".join(windows)[start : start + length]
+
+    async def _start(self, stream: str, number: int) -> bytes | Flight:
+        """The window's bytes if they are here, otherwise its flight."""
+        here = self._window_here(stream, number)
+        if here is not None:
+            return here
+        chunk = await self.locator.find(stream, number, Priority.TOUCH)
+        if chunk is None:
+            if stream == MEMORY:
+                self._pages.note_zero_windows(number, 1)
+            return bytes(self._window_size)
+        what = f"{stream} window {number}"
+        payload = self._image.metadata.parts.get(chunk.digest)
+        if payload is not None:
+            data = expand(self._codec, payload, Wanted(what, chunk), self._chunk_pages, key="metadata", origin="")
+            self._keep_window(stream, number, data)
+            return data
+        return self.scheduler.want((stream, number), what, chunk, Priority.TOUCH)
+
+    def _window_here(self, stream: str, number: int) -> bytes | None:
+        if stream == MEMORY:
+            offset = number * self._window_size
+            data = self._sink.read(offset, min(self._window_size, self._geometry.size - offset))
+            return None if data is None else data + bytes(self._window_size - len(data))
+        return self._windows.get((stream, number))
+
+    def _touched(self, offset: int, length: int, *, trace: bool, missed: bool) -> None:
+        numbers = self._numbers(offset, length)
+        if trace:
+            for number in numbers:
+                self.trace.touch(*self._pages.window_span(number))
+        if self._options.prefetch == "all":
+            for number in self._neighbourhood.touched(numbers[0], numbers[-1], missed=missed):
+                self._want_if_known(number)
+
+    def _want_if_known(self, number: int) -> None:
+        """A neighbour, unless finding it would take a request of its own."""
+        try:
+            chunk = None if self.is_here(number) else self.locator.find_here(MEMORY, number)
+        except (NeedBlock, CorruptObjectError):
+            return
+        if chunk is not None:
+            self.want_window(number, chunk, Priority.NEIGHBOUR)
+
+    # --- what arrives
+
+    def _landed(self, flight: Flight, result: bytes | IndexBlock) -> None:
+        if isinstance(result, IndexBlock):
+            assert isinstance(flight.ref, BlockRef)
+            self.locator.keep(flight.ref, result)
+            return
+        stream, number = flight.key
+        if stream == MEMORY:
+            self._pages.window_landed(number)
+        else:
+            self._windows[stream, number] = result
+
+    def _keep_window(self, stream: str, number: int, data: bytes) -> None:
+        if stream == MEMORY:
+            self._pages.keep(number * self._chunk_pages, data)
+        else:
+            self._windows[stream, number] = data
+
+    def _leaf_loaded(self, stream: str, first: int, leaf: IndexBlock) -> None:
+        if stream == MEMORY:
+            self._pages.note_leaf(first, leaf)
+
+    # --- the sweep
+
+    @property
+    def sink_is_full(self) -> bool:
+        return self._sink.full
+
+    async def load_block(self, ref: BlockRef, priority: Priority) -> IndexBlock:
+        return await self.locator.load_block(ref, priority)
+
+    def is_here(self, window: int) -> bool:
+        return self._pages.window_here(window)
+
+    def want_window(self, window: int, chunk: ChunkRef, priority: Priority) -> None:
+        self.scheduler.want((MEMORY, window), f"{MEMORY} window {window}", chunk, priority)
+
+    def note_zero_windows(self, first: int, count: int) -> None:
+        self._pages.note_zero_windows(first, count)
+
+    def note_leaf(self, first: int, leaf: IndexBlock) -> None:
+        self._pages.note_leaf(first, leaf)
+
+
+@asynccontextmanager
+async def open_image(location: str, options: FetchOptions, make_sink: SinkFactory) -> AsyncIterator[OpenedImage]:
+    """Open ``STORE/NAME`` and fetch in the background until the block is left.
+
+    Raises StoreError where the image cannot be had: a mount that cannot start says so and does not wait.
+    """
+    where = parse_location(location)
+    store = open_store(where, connections=options.connections)
+    try:
+        image = await trio.to_thread.run_sync(partial(load_image, store, where.name, Codec()), abandon_on_cancel=True)
+        sink = await trio.to_thread.run_sync(make_sink, image)
+        try:
+            async with trio.open_nursery() as nursery:
+                opened = OpenedImage(str(where), image, store, sink, options)
+                nursery.start_soon(opened.run, name="fetch")
+                yield opened
+                nursery.cancel_scope.cancel()
+        finally:
+            sink.close()
+    finally:
+        store.close()

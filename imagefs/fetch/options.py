@@ -1,0 +1,18 @@
+"""What a user can choose about fetching."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOptions:
+    """Defaults are those of ``mount.imagefs``."""
+
+    prefetch: Literal["none", "all"] = "all"
+    """``none``: only what is read is fetched; ``all``: the rest of the image follows in the background."""
+    timeout: float | None = None
+    """Seconds until a read fails (``soft,timeo=``); None waits as long as it takes (``hard``)."""
+    connections: int = 8
+    """Requests in flight at most. Half of them, four at most, are kept for what someone waits for."""

@@ -1,0 +1,75 @@
+"""Other programs' memory images, read in one pass into a :class:`~imagefs.image.capture.Capture`.
+
+Each format is a module with an object ``FORMAT`` (:class:`~imagefs.formats.base.Format`), listed in ``FORMATS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from imagefs.errors import UnsupportedInputError, UsageError
+from imagefs.formats import qemu_migration, raw
+from imagefs.formats.base import Format, Input, Workspace
+from imagefs.image.capture import Capture
+
+FORMATS: tuple[Format, ...] = (qemu_migration.FORMAT, raw.FORMAT)
+"""In the order in which they are tried."""
+
+_SHOWN_MAGIC = 8
+
+__all__ = ["FORMATS", "Format", "format_names", "open_capture"]
+
+
+def format_names() -> list[str]:
+    """What ``--format`` takes."""
+    return [known.name for known in FORMATS]
+
+
+@contextmanager
+def open_capture(
+    source: Path | BinaryIO, *, spool_dir: Path, format: str | None = None, memory_file: Path | None = None
+) -> Iterator[Capture]:
+    """Read a saved VM; the capture's sources live as long as the context.
+
+    ``source`` is a path, or an open binary stream that is read to its end and need not be seekable. What must be kept
+    is spooled in ``spool_dir``: up to the size of the guest's memory for streams, little for regular files.
+    ``format`` is one of :func:`format_names`; without it the format is recognised from the first 64 KiB.
+    ``memory_file`` is the RAM file that belongs to a stream saved with x-ignore-shared.
+
+    Raises UsageError, UnsupportedInputError and NoSpaceError.
+    """
+    with ExitStack() as stack:
+        if isinstance(source, Path):
+            stream = Input.of_path(source, stack)
+        else:
+            name = getattr(source, "name", None)
+            stream = Input(source, name if isinstance(name, str) else "the input", regular=False)
+        chosen = _named(format) if format is not None else _recognise(stream)
+        workspace = stack.enter_context(Workspace(spool_dir))
+        yield chosen.read(stream, workspace, memory_file)
+
+
+def _named(name: str) -> Format:
+    for known in FORMATS:
+        if known.name == name:
+            return known
+    raise UsageError(f"--format {name}: unknown; known are {', '.join(format_names())}")
+
+
+def _recognise(stream: Input) -> Format:
+    for known in FORMATS:
+        if known.matches(stream.head):
+            return known
+    if not stream.head:
+        raise UnsupportedInputError(f"{stream.name} is empty", field="magic", offset=0)
+    size = stream.size
+    raise UnsupportedInputError(
+        f"{stream.name} is of no known format: it begins with {stream.head[:_SHOWN_MAGIC].hex()}"
+        + (f" and has {size:,} bytes" if size is not None else "")
+        + f"; say which with --format ({', '.join(format_names())})",
+        field="magic",
+        offset=0,
+    )

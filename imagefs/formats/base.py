@@ -1,0 +1,136 @@
+"""What a format is, and what it works with: its input, and a workspace for what it must keep."""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import stat
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Protocol, Self, cast
+
+from imagefs.errors import UnsupportedInputError, UsageError
+from imagefs.formats.spool import FileSource, Spool
+from imagefs.image.capture import ByteSource, Capture
+from imagefs.image.native import NativeTemplate, TemplateBuilder
+
+HEAD_SIZE = 64 << 10
+"""Bytes from which a format must be recognised."""
+
+
+class Workspace:
+    """Owns every spool and file that a capture reads from; closes them all when it is left."""
+
+    def __init__(self, spool_dir: Path) -> None:
+        self._spool_dir = spool_dir
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def spool(self) -> Spool:
+        spool = Spool(self._spool_dir)
+        self._stack.callback(spool.close)
+        return spool
+
+    def file(self, path: Path) -> FileSource:
+        source = FileSource.open(path)
+        self._stack.callback(source.close)
+        return source
+
+    def adopt(self, source: FileSource) -> FileSource:
+        self._stack.callback(source.close)
+        return source
+
+
+class Input:
+    """The file that is split, read once from its start to its end; ``head`` is what it begins with.
+
+    The caller keeps ownership of a stream; a path is opened and closed here.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str, regular: bool) -> None:
+        self.name = name
+        self.regular = regular
+        """Whether it is a regular file at its offset zero, so that it need not be spooled."""
+        self._stream = cast(io.RawIOBase, stream)  # typing's BinaryIO knows no readinto
+        self._given = 0
+        head = bytearray(HEAD_SIZE)
+        got = 0
+        while got < HEAD_SIZE and (count := self._read(memoryview(head)[got:])):
+            got += count
+        self.head = bytes(head[:got])
+
+    @classmethod
+    def of_path(cls, path: Path, stack: ExitStack) -> Input:
+        """Raises UsageError where the file cannot be opened."""
+        try:
+            stream = stack.enter_context(io.FileIO(path))
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}") from error
+        return cls(cast(BinaryIO, stream), str(path), stat.S_ISREG(os.fstat(stream.fileno()).st_mode))
+
+    @property
+    def size(self) -> int | None:
+        """Bytes in all, where that is known beforehand."""
+        return os.fstat(self._stream.fileno()).st_size if self.regular else None
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Fills the beginning of ``buffer``; the number of bytes, 0 at the end of the input."""
+        if self._given < len(self.head):
+            count = min(len(buffer), len(self.head) - self._given)
+            buffer[:count] = self.head[self._given : self._given + count]
+            self._given += count
+            return count
+        return self._read(buffer)
+
+    def as_file(self) -> FileSource:
+        """The regular file behind this input, under a descriptor of its own."""
+        return FileSource(os.dup(self._stream.fileno()), self.name)
+
+    def _read(self, buffer: memoryview) -> int:
+        try:
+            while (count := self._stream.readinto(buffer)) is None:
+                select.select([self._stream], [], [])  # someone made the pipe non-blocking
+        except OSError as error:
+            raise UnsupportedInputError(f"{self.name} cannot be read: {error.strerror}") from error
+        return count
+
+
+class Format(Protocol):
+    """One kind of memory image of another program. Each module of a format has one such object, ``FORMAT``."""
+
+    name: str
+    """As ``--format`` takes it."""
+
+    def matches(self, head: bytes) -> bool:
+        """Whether a file that begins so is of this format. ``head`` is at most HEAD_SIZE bytes, maybe fewer."""
+
+    def read(self, source: Input, workspace: Workspace, memory_file: Path | None) -> Capture:
+        """Consume the input in one pass, with bounded memory.
+
+        Raises UnsupportedInputError with field and offset for what is truncated, damaged or not understood, and
+        UsageError for a ``memory_file`` (``--memory``) where none is wanted.
+        """
+
+
+class NativeRecorder:
+    """A TemplateBuilder whose entries and literals go to spools."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._entries = workspace.spool()
+        self._literals = workspace.spool()
+        self.builder = TemplateBuilder(self._entries.append, self._literals.append)
+
+    def finish(self, exceptions: ByteSource, superseded: ByteSource) -> NativeTemplate:
+        self.builder.finish()
+        self._entries.flush()
+        self._literals.flush()
+        return NativeTemplate(self.builder.size, self._entries, self._literals, exceptions, superseded)

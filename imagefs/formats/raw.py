@@ -1,0 +1,88 @@
+"""Flat guest memory without any structure: ``pmemsave``, a RAM file, the body of a core dump.
+
+Nothing marks such a file, so it is never recognised, only told: ``--format raw``. What is no whole page at its end is
+kept in the native file and padded with zeros in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagefs.errors import UnsupportedInputError, UsageError
+from imagefs.formats.base import Input, NativeRecorder, Workspace
+from imagefs.formats.spool import Spool
+from imagefs.image.capture import ByteSource, BytesSource, Capture
+from imagefs.image.geometry import PAGE_SIZE, flat_geometry
+
+_BUFFER_SIZE = 4 << 20
+_PIECE_SIZE = 64 << 10
+_ZERO_PIECE = bytes(_PIECE_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedSource:
+    """A source with zeros behind its end, up to ``size`` bytes."""
+
+    source: ByteSource
+    size: int
+
+    def read_at(self, offset: int, length: int) -> bytes | memoryview:
+        length = max(0, min(length, self.size - offset))
+        data = self.source.read_at(offset, length)
+        return data if len(data) == length else bytes(data) + bytes(length - len(data))
+
+    def next_data(self, offset: int) -> int:
+        at = self.source.next_data(offset)
+        return self.size if at >= self.source.size else at
+
+
+class Raw:
+    """The format ``raw``."""
+
+    name = "raw"
+
+    def matches(self, head: bytes) -> bool:
+        return False
+
+    def read(self, source: Input, workspace: Workspace, memory_file: Path | None) -> Capture:
+        if memory_file is not None:
+            raise UsageError(f"--memory {memory_file}: a raw image is the memory already")
+        memory: ByteSource = workspace.adopt(source.as_file()) if source.regular else _spool(source, workspace)
+        size = memory.size
+        if size == 0:
+            raise UnsupportedInputError(f"{source.name} is empty", field="memory", offset=0)
+        native = NativeRecorder(workspace)
+        pages, rest = divmod(size, PAGE_SIZE)
+        if pages:
+            native.builder.pages(0, pages)
+        if rest:
+            native.builder.literal(memory.read_at(pages * PAGE_SIZE, rest))
+            pages += 1
+            memory = PaddedSource(memory, pages * PAGE_SIZE)
+        return Capture(
+            source_format=self.name,
+            source_version="",
+            geometry=flat_geometry(pages * PAGE_SIZE),
+            memory=memory,
+            native=native.finish(BytesSource(b""), BytesSource(b"")),
+            state=BytesSource(b""),
+        )
+
+
+FORMAT = Raw()
+
+
+def _spool(source: Input, workspace: Workspace) -> Spool:
+    """The whole input; where it is zeros, the spool gets a hole."""
+    spool = workspace.spool()
+    buffer = memoryview(bytearray(_BUFFER_SIZE))
+    size = 0
+    while got := source.read_into(buffer):
+        for at in range(0, got, _PIECE_SIZE):
+            piece = bytes(buffer[at : min(at + _PIECE_SIZE, got)])
+            if piece != _ZERO_PIECE[: len(piece)]:
+                spool.write_at(size + at, piece)
+        size += got
+    spool.resize(size)
+    return spool

@@ -1,0 +1,83 @@
+"""What a format reader hands to the writer: one captured VM, format-neutral.
+
+Data flows formats -> image -> store. A reader consumes its source in one pass, spools what it must, and returns
+a :class:`Capture`, whose parts the writer then reads by offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from imagefs.image.geometry import Geometry
+from imagefs.image.native import NativeTemplate
+
+
+class ByteSource(Protocol):
+    """Random-access bytes: a file, a spool, a literal in memory."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+
+    def read_at(self, offset: int, length: int) -> bytes | memoryview:
+        """``length`` bytes at ``offset``; fewer only at the end of the source. Holes read as zeros."""
+
+    def next_data(self, offset: int) -> int:
+        """The smallest offset >= ``offset`` that may hold a byte other than zero; ``size`` if there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class BytesSource:
+    """A :class:`ByteSource` over bytes that are in memory anyway."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def read_at(self, offset: int, length: int) -> memoryview:
+        return memoryview(self.data)[offset : offset + length]
+
+    def next_data(self, offset: int) -> int:
+        return min(offset, len(self.data))
+
+
+PAGE_TABLE_KINDS = ("pml5", "pml4", "pdpt", "pd", "pt")
+"""From the root down."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageKind:
+    """``count`` pages from page number ``first`` of ``memory`` that are of one kind: see PAGE_TABLE_KINDS."""
+
+    first: int
+    count: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One suspended VM as its format reader understood it.
+
+    It owns nothing: its sources can be read as long as whoever made them keeps them open, which is what the context
+    of :func:`imagefs.formats.open_capture` does.
+    """
+
+    source_format: str
+    """The format's name, as ``--format`` takes it: ``qemu-migration``, ``raw``, …"""
+    source_version: str
+    geometry: Geometry
+    memory: ByteSource
+    native: NativeTemplate
+    """How the split file is put together again from ``memory`` and literals, byte for byte."""
+    state: ByteSource
+    """What the VMM loads: its device state, without the pages; empty where the format has none."""
+    config: Mapping[str, bytes] = field(default_factory=dict)
+    """Whatever came along, by file name under ``config/``."""
+    restore: Mapping[str, Any] = field(default_factory=dict)
+    """What a restore needs to know (JSON values); ``{}`` for formats that can only be inspected."""
+    essential: tuple[PageKind, ...] = ()
+    """Page-table frames; they travel with the metadata."""

@@ -1,0 +1,179 @@
+"""The guest's page-table frames, found as the MMU finds them: from CR3 down.
+
+The formats are those of the Intel SDM, volume 3A, chapter "Paging" (AMD64 is the same, volume 2, chapter 5). An entry
+points to the next table if its bit 0 (present) is set and its bit 7 (page size) is not; tables have 4 KiB:
+
+| levels | in force with              | root in CR3      | entries     | address in an entry | kinds                   |
+|-------:|----------------------------|------------------|-------------|---------------------|-------------------------|
+|      5 | CR4.LA57 and EFER.LMA      | bits 51–12       | 512 x 8     | bits 51–12          | pml5 pml4 pdpt pd pt    |
+|      4 | EFER.LMA                   | bits 51–12       | 512 x 8     | bits 51–12          | pml4 pdpt pd pt         |
+|      3 | CR4.PAE                    | bits 31–5: 4 x 8 | 512 x 8     | bits 51–12          | pdpt pd pt              |
+|      2 | otherwise, if CR0.PG       | bits 31–12       | 1024 x 4    | bits 31–12          | pd pt; bit 7 if CR4.PSE |
+
+Each frame is read once, and page tables proper (pt), which are nearly all of them, never: their addresses are in the
+tables above. What is found is a hint about which pages are wanted first; nothing depends on its being complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from imagefs.image.capture import ByteSource, PageKind
+from imagefs.image.geometry import PAGE_SIZE, Geometry
+
+log = logging.getLogger(__name__)
+
+MAX_FRAMES = 16384
+"""Page tables for 32 GiB in pages of 4 KiB. If all are scattered their list takes 70 KB of the metadata object."""
+
+_CR0_PG = 1 << 31
+_CR4_PSE, _CR4_PAE, _CR4_LA57 = 1 << 4, 1 << 5, 1 << 12
+_EFER_LMA = 1 << 10
+
+_PRESENT, _LARGE = 1 << 0, 1 << 7
+_ADDRESS = 0x000F_FFFF_FFFF_F000
+_ADDRESS_32 = 0xFFFF_F000
+_PAE_ROOT = 0xFFFF_FFE0
+
+_LONG_ENTRIES = struct.Struct("<512Q")
+_SHORT_ENTRIES = struct.Struct("<1024I")
+_PAE_ROOT_ENTRIES = struct.Struct("<4Q")
+_USER_HALF = 256
+_TWIN = 0x1000
+
+_PT, _PD, _PDPT, _PML4, _PML5 = range(1, 6)
+_KINDS = {_PT: "pt", _PD: "pd", _PDPT: "pdpt", _PML4: "pml4", _PML5: "pml5"}
+
+
+@dataclass(frozen=True, slots=True)
+class PagingState:
+    """The registers of one vCPU that say where its page tables are, and of which form."""
+
+    cr0: int
+    cr3: int
+    cr4: int
+    efer: int
+
+    @property
+    def levels(self) -> int:
+        """Of tables, as in the module's table; 0 while paging is off."""
+        if not self.cr0 & _CR0_PG:
+            return 0
+        if not self.cr4 & _CR4_PAE:
+            return 2
+        if not self.efer & _EFER_LMA:
+            return 3
+        return 5 if self.cr4 & _CR4_LA57 else 4
+
+
+def walk(
+    memory: ByteSource, geometry: Geometry, states: Iterable[PagingState], *, limit: int = MAX_FRAMES
+) -> tuple[PageKind, ...]:
+    """The page-table frames of all vCPUs as runs of page numbers of ``memory``: ascending, disjoint, joined.
+
+    A frame in several roles, as Windows' self-map makes them, gets the kind of the highest level. At most ``limit``
+    frames: roots first, then level by level. Tables outside RAM are passed over; no content of memory is an error.
+
+    Linux with page-table isolation has the kernel's PGD and the user's side by side in 8 KiB, and CR3 names one of
+    them. The other one is walked too if their user halves lead to the same tables, because a vCPU that was stopped in
+    user mode reaches nearly nothing of the kernel's.
+    """
+    walker = _Walker(memory, geometry, limit)
+    try:
+        walker.walk(states)
+    except _LimitReachedError:
+        log.info("the walk of the guest's page tables ends at %d frames", limit)
+    return tuple(_runs(walker.found))
+
+
+class _LimitReachedError(Exception):
+    pass
+
+
+class _Walker:
+    """``found``: the level by page number. A frame that is in it is not visited again.
+
+    Levels are finished from the top down, so a frame is visited in its highest role. That role finds whatever a
+    lower one would: the same entries lead to the same frames, from which there are more levels to go. (Of a PAE root
+    32 bytes are read, so there it holds for guests that do not use the rest of its frame as another table.)
+    """
+
+    def __init__(self, memory: ByteSource, geometry: Geometry, limit: int) -> None:
+        self.found: dict[int, int] = {}
+        self._memory = memory
+        self._geometry = geometry
+        self._limit = limit
+
+    def walk(self, states: Iterable[PagingState]) -> None:
+        pages: dict[int, list[int]] = {level: [] for level in _KINDS}
+        short: dict[int, int] = {}  # 32-bit page directories, and which bits lead past them
+        for state in sorted(set(states), key=lambda state: (-state.levels, state.cr3)):
+            if state.levels >= 4:
+                pages[state.levels] += self._long_roots(state)
+            elif state.levels == 3:
+                pages[_PD] += self._pae_directories(state.cr3)
+            elif state.levels == 2:
+                mask = _PRESENT | (_LARGE if state.cr4 & _CR4_PSE else 0)
+                short.update((page, mask) for page in self._take([state.cr3 & _ADDRESS_32], _PD))
+        for level in (_PML5, _PML4, _PDPT, _PD):
+            for page in pages[level]:
+                entries = self._read(_LONG_ENTRIES, page * PAGE_SIZE)
+                addresses = [entry & _ADDRESS for entry in entries if entry & (_PRESENT | _LARGE) == _PRESENT]
+                pages[level - 1] += self._take(addresses, level - 1)
+        for page, mask in short.items():
+            entries = self._read(_SHORT_ENTRIES, page * PAGE_SIZE)
+            self._take([entry & _ADDRESS_32 for entry in entries if entry & mask == _PRESENT], _PT)
+
+    def _long_roots(self, state: PagingState) -> list[int]:
+        address = state.cr3 & _ADDRESS
+        roots = self._take([address], state.levels)
+        twin = self._geometry.page_of_pfn((address ^ _TWIN) // PAGE_SIZE)
+        if roots and twin is not None:
+            here, there = (
+                [entry & _ADDRESS if entry & _PRESENT else None for entry in entries[:_USER_HALF]]
+                for entries in (self._read(_LONG_ENTRIES, page * PAGE_SIZE) for page in (roots[0], twin))
+            )
+            if here == there and any(address is not None for address in here):
+                roots += self._take([address ^ _TWIN], state.levels)
+        return roots
+
+    def _pae_directories(self, cr3: int) -> list[int]:
+        self._take([cr3 & _ADDRESS_32], _PDPT)
+        page = self._geometry.page_of_pfn((cr3 & _ADDRESS_32) // PAGE_SIZE)
+        if page is None:
+            return []
+        # Of 32 bytes, so several processes' may share a frame, and each is read.
+        entries = self._read(_PAE_ROOT_ENTRIES, page * PAGE_SIZE + (cr3 & _PAE_ROOT) % PAGE_SIZE)
+        return self._take([entry & _ADDRESS for entry in entries if entry & _PRESENT], _PD)
+
+    def _take(self, addresses: Iterable[int], level: int) -> list[int]:
+        """The page numbers of those frames that are in RAM and new."""
+        pages = []
+        for address in addresses:
+            page = self._geometry.page_of_pfn(address // PAGE_SIZE)
+            if page is not None and page not in self.found:
+                if len(self.found) >= self._limit:
+                    raise _LimitReachedError
+                self.found[page] = level
+                pages.append(page)
+        return pages
+
+    def _read(self, form: struct.Struct, offset: int) -> tuple[int, ...]:
+        data = self._memory.read_at(offset, form.size)
+        return form.unpack(data) if len(data) == form.size else ()
+
+
+def _runs(levels: Mapping[int, int]) -> Iterator[PageKind]:
+    """Neighbours of the same kind as one."""
+    first, count, kind = 0, 0, 0
+    for page, level in sorted(levels.items()):
+        if page != first + count or level != kind:
+            if count:
+                yield PageKind(first, count, _KINDS[kind])
+            first, count, kind = page, 0, level
+        count += 1
+    if count:
+        yield PageKind(first, count, _KINDS[kind])

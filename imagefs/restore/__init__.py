@@ -1,0 +1,8 @@
+"""Doors for VMMs: each a client of the mountpoint (or of a VMM's monitor), none reaches past it.
+
+``imagefs restore`` looks at a mountpoint (:mod:`~imagefs.restore.mountpoint`), and a *door* brings the guest's memory
+from there to the VMM. Doors are small modules in the registry of :mod:`~imagefs.restore.doors`. For QEMU they share
+:mod:`~imagefs.restore.qemu_command`, which makes the user's command line fit the image.
+
+The way in, a running QEMU to suspend, is :mod:`~imagefs.restore.suspend`. Nothing here knows stores or fetching.
+"""

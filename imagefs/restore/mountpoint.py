@@ -1,0 +1,109 @@
+"""What a mountpoint says about the guest that can be resumed from it: its ``metadata.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imagefs.errors import MountError, RestoreError
+
+METADATA = "metadata.json"
+LARGEST_METADATA = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreImage:
+    """A mounted image of a QEMU guest."""
+
+    mountpoint: Path
+    """Absolute."""
+    machine: str
+    """The versioned machine type: ``pc-i440fx-7.2``."""
+    ram_block: str
+    """Name of the guest's main RAM block in the migration stream: ``pc.ram``, or a memory backend's id."""
+    ram_bytes: int
+    cpus: int | None
+    """Where the stream tells."""
+
+    @property
+    def memory(self) -> Path:
+        return self.mountpoint / "memory"
+
+    @property
+    def state(self) -> Path:
+        return self.mountpoint / "state"
+
+
+def read_mountpoint(path: Path) -> RestoreImage:
+    """MountError where no image is mounted, RestoreError where the image is none that QEMU can resume."""
+    mountpoint = Path(os.path.abspath(path))
+    document = _read_metadata(mountpoint)
+    restore = document.get("restore")
+    if not isinstance(restore, dict):
+        raise MountError(f"{mountpoint / METADATA}: not what an imagefs mount shows (no 'restore')")
+    if not restore:
+        raise RestoreError(
+            f"{mountpoint}: this image ({_source(document)}) holds memory only and can be inspected, not resumed"
+        )
+    if restore.get("vmm") != "qemu":
+        raise RestoreError(f"{mountpoint}: the image is of the VMM {restore.get('vmm')!r}, only qemu can be restored")
+    cpus = restore.get("cpus")
+    image = RestoreImage(
+        mountpoint=mountpoint,
+        machine=str(_field(mountpoint, restore, "machine", str)),
+        ram_block=str(_field(mountpoint, restore, "ram_block", str)),
+        ram_bytes=int(_field(mountpoint, restore, "ram_bytes", int)),
+        cpus=cpus if isinstance(cpus, int) and cpus > 0 else None,
+    )
+    _check_files(image)
+    return image
+
+
+def _read_metadata(mountpoint: Path) -> dict[str, Any]:
+    path = mountpoint / METADATA
+    try:
+        with open(path, "rb") as file:
+            text = file.read(LARGEST_METADATA)
+    except (FileNotFoundError, NotADirectoryError):
+        if not mountpoint.is_dir():
+            raise MountError(f"{mountpoint}: no such directory") from None
+        raise MountError(
+            f"{mountpoint}: no imagefs is mounted there (no {METADATA}); mount the image first: "
+            f"mount.imagefs STORE/NAME {mountpoint}"
+        ) from None
+    except OSError as error:
+        raise MountError(f"{path}: {error.strerror}") from error
+    try:
+        document = json.loads(text)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise MountError(f"{path}: not what an imagefs mount shows (no JSON object)")
+    return document
+
+
+def _source(document: Mapping[str, Any]) -> str:
+    source = document.get("source")
+    name = source.get("format") if isinstance(source, dict) else None
+    return f"from the format {name}" if name else "of an unknown format"
+
+
+def _field(mountpoint: Path, restore: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = restore.get(name)
+    if not isinstance(value, kind) or not value:
+        raise MountError(f"{mountpoint / METADATA}: not what an imagefs mount shows (restore.{name} is {value!r})")
+    return value
+
+
+def _check_files(image: RestoreImage) -> None:
+    for path in (image.memory, image.state):
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise MountError(f"{path}: {error.strerror}") from error
+        if path == image.memory and size != image.ram_bytes:
+            raise MountError(f"{path} has {size:,} bytes, the guest's RAM {image.ram_bytes:,}")

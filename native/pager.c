@@ -1,0 +1,388 @@
+/* A pager from its making to its end. */
+#define _GNU_SOURCE
+#include "pager_parts.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define EVENT_THREADS 1
+#define FETCH_THREADS 16
+#define WINDOW_PAGES 16
+#define BATCH_PAGES 64
+#define MOST_THREADS 1024u
+#define STACK (256u << 10)
+
+int pager_running(struct imagefs_pager *pager)
+{
+    return __atomic_load_n(&pager->status, __ATOMIC_ACQUIRE) == IMAGEFS_PAGER_RUNNING;
+}
+
+static void signal_fd(int fd)
+{
+    uint64_t one = 1;
+
+    /* Fails only if the counter is full, and then it is readable. */
+    if (write(fd, &one, sizeof one) < 0)
+        return;
+}
+
+/* The first end counts. Requires: `lock` held. */
+static int end_locked(struct imagefs_pager *pager, int status)
+{
+    if (!pager_running(pager))
+        return 0;
+    __atomic_store_n(&pager->status, status, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&pager->work);
+    signal_fd(pager->wake_fd);
+    signal_fd(pager->ended_fd);
+    return 1;
+}
+
+void pager_end(struct imagefs_pager *pager, int status)
+{
+    pthread_mutex_lock(&pager->lock);
+    end_locked(pager, status);
+    pthread_mutex_unlock(&pager->lock);
+}
+
+void pager_fail(struct imagefs_pager *pager, int error, uint64_t page, const char *format, ...)
+{
+    struct imagefs_pager_failure failure = {.error = error, .page = page};
+    char what[128];
+    va_list arguments;
+
+    va_start(arguments, format);
+    vsnprintf(what, sizeof what, format, arguments);
+    va_end(arguments);
+    if (page == NO_PAGE)
+        snprintf(failure.text, sizeof failure.text, "%s%s%s", what, error ? ": " : "", error ? strerror(error) : "");
+    else
+        snprintf(failure.text, sizeof failure.text, "page %llu: %s%s%s", (unsigned long long)page, what,
+                 error ? ": " : "", error ? strerror(error) : "");
+    pthread_mutex_lock(&pager->lock);
+    if (pager_running(pager)) {
+        pager->failure = failure;
+        end_locked(pager, IMAGEFS_PAGER_FAILED);
+    }
+    pthread_mutex_unlock(&pager->lock);
+}
+
+static struct imagefs_pager *refuse(struct imagefs_pager *pager, char *why, size_t size, const char *what)
+{
+    int error = errno;
+
+    snprintf(why, size, "%s: %s", what, strerror(error));
+    imagefs_pager_destroy(pager, 0);
+    return NULL;
+}
+
+static int duplicate(int fd)
+{
+    return fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 3);
+}
+
+static int duplicate_all(struct imagefs_pager *pager, const struct imagefs_pager_options *options)
+{
+    struct imagefs_pager_options *own = &pager->options;
+
+    own->uffd = duplicate(options->uffd);
+    own->memory_fd = duplicate(options->memory_fd);
+    own->cache_fd = duplicate(options->cache_fd);
+    own->arrivals_fd = duplicate(options->arrivals_fd);
+    own->trace_fd = duplicate(options->trace_fd);
+    pager->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    pager->ended_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (own->uffd < 0 || own->memory_fd < 0 || pager->wake_fd < 0 || pager->ended_fd < 0 ||
+        (own->cache_fd < 0) != (options->cache_fd < 0) || (own->arrivals_fd < 0) != (options->arrivals_fd < 0) ||
+        (own->trace_fd < 0) != (options->trace_fd < 0))
+        return -1;
+    return fcntl(own->uffd, F_SETFL, fcntl(own->uffd, F_GETFL) | O_NONBLOCK);
+}
+
+static void *map_whole(int fd, size_t size, int protection)
+{
+    struct stat status;
+    void *at;
+
+    if (fstat(fd, &status))
+        return NULL;
+    if ((uint64_t)status.st_size < size) {
+        errno = EINVAL;
+        return NULL;
+    }
+    at = mmap(NULL, size, protection, MAP_SHARED, fd, 0);
+    return at == MAP_FAILED ? NULL : at;
+}
+
+static void set_defaults(struct imagefs_pager_options *own)
+{
+    own->event_threads = own->event_threads ? own->event_threads : EVENT_THREADS;
+    own->fetch_threads = own->fetch_threads ? own->fetch_threads : FETCH_THREADS;
+    own->window_pages = own->window_pages ? own->window_pages : WINDOW_PAGES;
+    own->batch_pages = own->batch_pages ? own->batch_pages : BATCH_PAGES;
+}
+
+static const char *bad_option(const struct imagefs_pager_options *options)
+{
+    if (options->pages == 0 || imagefs_pager_state_size(options->pages) == 0)
+        return "pages: out of bounds";
+    if ((options->cache_fd < 0) != (options->present_fd < 0))
+        return "cache: the page file and its bitmap go together";
+    if (options->window_pages > 512 || (options->window_pages & (options->window_pages - 1)))
+        return "window_pages: not a power of two up to 512";
+    if (options->batch_pages > 512)
+        return "batch_pages: more than 512";
+    if (options->event_threads > MOST_THREADS || options->fetch_threads > MOST_THREADS)
+        return "threads: more than 1024";
+    return NULL;
+}
+
+struct imagefs_pager *imagefs_pager_create(const struct imagefs_pager_options *options, char *why, size_t why_size)
+{
+    const char *bad = bad_option(options);
+    struct imagefs_pager *pager;
+    pthread_rwlockattr_t fair;
+    int taken;
+
+    if (bad) {
+        snprintf(why, why_size, "%s", bad);
+        return NULL;
+    }
+    pager = calloc(1, sizeof *pager);
+    if (pager == NULL) {
+        snprintf(why, why_size, "no memory");
+        return NULL;
+    }
+    pager->options = *options;
+    pager->options.order = NULL;
+    pager->options.regions = NULL;
+    pager->queue_end = &pager->queue;
+    pthread_rwlockattr_init(&fair);
+    /* A stream of installs must not keep messages from being read. */
+    pthread_rwlockattr_setkind_np(&fair, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(&pager->changes, &fair);
+    pthread_rwlockattr_destroy(&fair);
+    pthread_mutex_init(&pager->lock, NULL);
+    pthread_cond_init(&pager->work, NULL);
+    pthread_cond_init(&pager->left, NULL);
+    set_defaults(&pager->options);
+    if (duplicate_all(pager, options))
+        return refuse(pager, why, why_size, "file descriptors");
+    if (options->order_count) {
+        struct imagefs_pager_run *order = malloc(options->order_count * sizeof *order);
+
+        if (order == NULL)
+            return refuse(pager, why, why_size, "order");
+        pager->options.order = memcpy(order, options->order, options->order_count * sizeof *order);
+    }
+    if (options->present_fd >= 0) {
+        pager->present_size = (size_t)(options->pages + 7) / 8;
+        pager->present = map_whole(options->present_fd, pager->present_size, PROT_READ);
+        if (pager->present == NULL)
+            return refuse(pager, why, why_size, "presence bitmap");
+    }
+    pager->zeros = mmap(NULL, 512 * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pager->zeros == MAP_FAILED) {
+        pager->zeros = NULL;
+        return refuse(pager, why, why_size, "zeros");
+    }
+    pager->state_size = imagefs_pager_state_size(options->pages);
+    pager->state = map_whole(options->state_fd, pager->state_size, PROT_READ | PROT_WRITE);
+    if (pager->state == NULL)
+        return refuse(pager, why, why_size, "state");
+    /* The kernel writes messages here while a SIGKILL may be pending: it must not have to fault the pages in. */
+    if (mlock(&pager->state->journal, sizeof pager->state->journal))
+        return refuse(pager, why, why_size, "state: mlock");
+    taken = pager_state_open(pager->state, options, why, why_size);
+    if (taken < 0) {
+        imagefs_pager_destroy(pager, 0);
+        return NULL;
+    }
+    /* Also at the beginning: it writes to the journal, so that its pages are mapped writable. */
+    pager_replay(pager);
+    if (taken > 0) {
+        const struct pager_table *table;
+
+        COUNT(pager, takeovers, 1);
+        table = &pager->state->tables[pager->state->active];
+        /* Touches that the dead pager had read are not announced again: woken, their threads touch anew. */
+        for (uint64_t i = 0; i < table->count; i++)
+            pager_wake(pager, table->at[i].start, table->at[i].size);
+    }
+    return pager;
+}
+
+static void close_fd(int fd)
+{
+    if (fd > 0)
+        close(fd);
+}
+
+static void free_faults(struct pager_fault *list)
+{
+    while (list) {
+        struct pager_fault *next = list->next;
+
+        free(list);
+        list = next;
+    }
+}
+
+static void free_pager(struct imagefs_pager *pager)
+{
+    const struct imagefs_pager_options *own = &pager->options;
+    const int fds[] = {own->uffd, own->memory_fd, own->cache_fd, own->arrivals_fd, own->trace_fd, pager->wake_fd,
+                       pager->ended_fd};
+
+    for (size_t i = 0; i < sizeof fds / sizeof *fds; i++)
+        close_fd(fds[i]);
+    for (unsigned i = 0; i < pager->child_count; i++)
+        close_fd(pager->children[i]);
+    if (pager->state)
+        munmap(pager->state, pager->state_size);
+    if (pager->present)
+        munmap((void *)(uintptr_t)pager->present, pager->present_size);
+    if (pager->zeros)
+        munmap(pager->zeros, 512 * PAGE);
+    free((void *)(uintptr_t)own->order);
+    free_faults(pager->queue);
+    free_faults(pager->fetching);
+    pthread_cond_destroy(&pager->left);
+    pthread_cond_destroy(&pager->work);
+    pthread_mutex_destroy(&pager->lock);
+    pthread_rwlock_destroy(&pager->changes);
+    free(pager);
+}
+
+int imagefs_pager_destroy(struct imagefs_pager *pager, int milliseconds)
+{
+    struct timespec until;
+    int error = 0, left;
+
+    if (pager == NULL)
+        return 1;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += milliseconds / 1000;
+    until.tv_nsec += milliseconds % 1000 * 1000000L;
+    if (until.tv_nsec >= 1000000000L) {
+        until.tv_nsec -= 1000000000L;
+        until.tv_sec++;
+    }
+    pthread_mutex_lock(&pager->lock);
+    end_locked(pager, IMAGEFS_PAGER_STOPPED);
+    while (pager->threads && error != ETIMEDOUT)
+        error = pthread_cond_timedwait(&pager->left, &pager->lock, &until);
+    left = pager->threads != 0;
+    pager->disowned = 1;
+    pthread_mutex_unlock(&pager->lock);
+    if (!left)
+        free_pager(pager);
+    return !left;
+}
+
+struct job {
+    struct imagefs_pager *pager;
+    void *(*body)(void *);
+};
+
+static void *run_thread(void *argument)
+{
+    struct job job = *(struct job *)argument;
+    int last;
+
+    free(argument);
+    job.body(job.pager);
+    pthread_mutex_lock(&job.pager->lock);
+    last = --job.pager->threads == 0 && job.pager->disowned;
+    pthread_cond_signal(&job.pager->left);
+    pthread_mutex_unlock(&job.pager->lock);
+    if (last)
+        free_pager(job.pager);
+    return NULL;
+}
+
+static int start_threads(struct imagefs_pager *pager, void *(*body)(void *), uint32_t count)
+{
+    pthread_attr_t detached;
+    int error = 0;
+
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&detached, STACK);
+    for (uint32_t i = 0; i < count && !error; i++) {
+        struct job *job = malloc(sizeof *job);
+        pthread_t thread;
+
+        if (job == NULL) {
+            error = ENOMEM;
+            break;
+        }
+        *job = (struct job){pager, body};
+        pthread_mutex_lock(&pager->lock);
+        error = pthread_create(&thread, &detached, run_thread, job);
+        pager->threads += !error;
+        pthread_mutex_unlock(&pager->lock);
+        if (error)
+            free(job);
+    }
+    pthread_attr_destroy(&detached);
+    return error;
+}
+
+int imagefs_pager_start(struct imagefs_pager *pager)
+{
+    const struct imagefs_pager_options *own = &pager->options;
+    int error = start_threads(pager, pager_fetcher, own->fetch_threads);
+
+    if (!error)
+        error = start_threads(pager, pager_events, own->event_threads);
+    if (!error && own->ahead)
+        error = start_threads(pager, pager_ahead, 1);
+    if (!error && own->trace_fd >= 0)
+        error = start_threads(pager, pager_tracer, 1);
+    return error;
+}
+
+void imagefs_pager_stop(struct imagefs_pager *pager)
+{
+    pager_end(pager, IMAGEFS_PAGER_STOPPED);
+}
+
+int imagefs_pager_ended_fd(const struct imagefs_pager *pager)
+{
+    return pager->ended_fd;
+}
+
+enum imagefs_pager_status imagefs_pager_get_status(struct imagefs_pager *pager)
+{
+    return (enum imagefs_pager_status)__atomic_load_n(&pager->status, __ATOMIC_ACQUIRE);
+}
+
+void imagefs_pager_get_statistics(struct imagefs_pager *pager, struct imagefs_pager_statistics *out)
+{
+    uint64_t *to = (uint64_t *)out;
+    const uint64_t *from = (const uint64_t *)&pager->state->counters;
+
+    for (size_t i = 0; i < sizeof *out / sizeof *to; i++)
+        to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+}
+
+int imagefs_pager_get_failure(struct imagefs_pager *pager, struct imagefs_pager_failure *out)
+{
+    int failed;
+
+    pthread_mutex_lock(&pager->lock);
+    failed = imagefs_pager_get_status(pager) == IMAGEFS_PAGER_FAILED;
+    if (failed)
+        *out = pager->failure;
+    pthread_mutex_unlock(&pager->lock);
+    return failed;
+}

@@ -1,0 +1,1 @@
+"""What quickstart, bench and the tests share: servers, links and guests under test."""

@@ -1,0 +1,48 @@
+"""``scripts/bench [NAME ...]``: figures as JSON lines on stdout; progress and a summary on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+
+BENCHMARKS = {
+    "split": "splitting throughput and bytes stored, beside zstd",
+    "mount": "round trips and bytes until memory can be read, for 1 TiB",
+    "listing": "listing page files",
+    "sweep": "the daemon's memory while 4 GiB are swept",
+    "pager": "faults and installing ahead, beside a bare handler and bare ioctls",
+    "quickstart": "bytes and seconds until a guest answers over a link, beside download and restore",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__, allow_abbrev=False)
+    names = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*BENCHMARKS, []], help=f"{names} (default: all)")
+    parser.add_argument("--work", type=Path, default=Path("/var/tmp"), help="where to work (default: %(default)s)")
+    args = parser.parse_args()
+    missed = 0
+    for name in args.names or BENCHMARKS:
+        print(f"bench {name}: {BENCHMARKS[name]}", file=sys.stderr)
+        begun = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="imagefs-bench-", dir=args.work) as work:
+            for figure in import_module(f"support.bench.{name}").run(Path(work)):
+                print(figure.line(), flush=True)
+                verdict = "reached" if figure.reached else "MISSED"
+                sign = ">=" if figure.better == "higher" else "<="
+                print(
+                    f"  {figure.name}: {figure.value:.4g} {figure.unit}, {figure.ratio:.3f} x {figure.yardstick} "
+                    f"(goal {sign} {figure.goal}): {verdict}",
+                    file=sys.stderr,
+                )
+                missed += not figure.reached
+        print(f"  {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

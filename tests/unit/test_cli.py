@@ -1,0 +1,133 @@
+"""The commands that need neither mount nor network, as a user runs them."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from imagefs.cli import main
+from imagefs.image.geometry import PAGE_SIZE
+from imagefs.store.directory import DirectoryStore
+from tests.unit.captures import memory_of
+
+MEMORY = memory_of(300, 21)
+
+
+@pytest.fixture
+def image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    (tmp_path / "vm.mem").write_bytes(MEMORY)
+    target = str(tmp_path / "store" / "vm1")
+    assert main(["split", "--format", "raw", str(tmp_path / "vm.mem"), target]) == 0
+    assert "1.2 MiB of memory" in capsys.readouterr().out
+    return target
+
+
+def test_info_ls_verify(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", image]) == 0
+    assert "raw" in capsys.readouterr().out
+    assert main(["info", "--json", image]) == 0
+    assert json.loads(capsys.readouterr().out)["memory_bytes"] == len(MEMORY)
+    assert main(["ls", image]) == 0
+    assert f"{len(MEMORY)} native" in capsys.readouterr().out
+    assert main(["verify", image]) == 0
+    assert "sound" in capsys.readouterr().out
+
+
+def test_ls_pages_says_which_are_zero(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "--pages", image]) == 0
+    seen = {}
+    for line in capsys.readouterr().out.splitlines():
+        first, count, state = line.split()
+        for pfn in range(int(first, 16), int(first, 16) + int(count)):
+            seen[pfn] = state
+    assert seen == {
+        page: "data" if any(MEMORY[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]) else "zero" for page in range(300)
+    }
+
+
+def test_verify_names_the_damage(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(image).parent
+    for path in sorted((root / "objects").rglob("*")):
+        if not path.is_file():
+            continue
+        original = path.read_bytes()
+        for at in range(0, len(original), max(1, len(original) // 64)):
+            damaged = bytearray(original)
+            damaged[at] ^= 0x40
+            path.write_bytes(damaged)
+            assert main(["verify", "-q", image]) == 1, f"{path.name} at {at}"
+            assert path.name in capsys.readouterr().err
+        path.write_bytes(original)
+    assert main(["verify", "-q", image]) == 0
+
+
+def test_split_from_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(MEMORY)))
+    target = str(tmp_path / "store" / "vm1")
+    assert main(["split", "-q", "--format", "raw", "-", target]) == 0
+    assert main(["verify", "-q", target]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["split", "{tmp}/missing", "{tmp}/s/vm"], 2, "missing"),
+        (["split", "{tmp}/short", "{tmp}/s/vm"], 1, "of no known format"),
+        (["split", "{tmp}/short", "http://127.0.0.1:1/vm"], 1, "127.0.0.1"),
+        (["split", "{tmp}/short", "{tmp}/s/objects"], 2, "objects"),
+        (["info", "{tmp}/nowhere/vm"], 2, "no such directory"),
+        (["info", "{tmp}/vm"], 1, "no such object"),
+        (["info", "{tmp}/short"], 1, "is it an imagefs image?"),
+        (["info", "{tmp}/long"], 1, "has 100000 bytes, no more than 4096 expected: is it an imagefs image?"),
+        (["info", "{tmp}/json"], 1, "image name: imagefs: a non-negative integer is missing here"),
+        (["info", "{tmp}/directory"], 2, "directory: this is a directory, not an image in a store"),
+        (["info", "{tmp}/directory/"], 2, "directory/: this is a directory, not an image in a store"),
+        (
+            ["ls", "{tmp}/empty-store"],
+            2,
+            "empty-store: this is a store: name an image in it, such as {tmp}/empty-store/NAME",
+        ),
+        (["verify", "{tmp}/store"], 2, "store: this is a store: name an image in it, such as {tmp}/store/vm7"),
+        (["info", "{tmp}/store/vm8"], 1, "vm8: no such object"),
+        (["info", "{tmp}/store/objects"], 2, "'objects' is where the store keeps its objects"),
+        (["info", "http://127.0.0.1/"], 2, "no image named"),
+        (["split", "{tmp}/directory", "{tmp}/s/vm"], 2, "directory: Is a directory"),
+        (["split", "{tmp}/short", "{tmp}/short/vm"], 2, "not a directory"),
+        (["info", "http://127.0.0.1:1/vm"], 1, "refused"),
+    ],
+)
+def test_mistakes_get_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, message: str
+) -> None:
+    (tmp_path / "short").write_bytes(b"not a VM")
+    (tmp_path / "long").write_bytes(bytes(100_000))
+    (tmp_path / "json").write_bytes(b"{}")
+    (tmp_path / "directory").mkdir()
+    for store in ("store", "empty-store"):
+        (tmp_path / store / "objects").mkdir(parents=True)
+    (tmp_path / "store" / "vm7").touch()
+    assert main([word.format(tmp=tmp_path) for word in arguments]) == status
+    error = capsys.readouterr().err
+    assert message.format(tmp=tmp_path) in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_failed_split_leaves_an_existing_store_alone(image: str, tmp_path: Path) -> None:
+    before = sorted(DirectoryStore(Path(image).parent).keys())
+    (tmp_path / "bad").write_bytes(b"QEVM" + bytes(100))
+    assert main(["split", "-q", str(tmp_path / "bad"), image]) == 1
+    assert sorted(DirectoryStore(Path(image).parent).keys()) == before
+
+
+@pytest.mark.parametrize("command", ["split", "info", "ls", "verify", "serve"])
+def test_help_is_worth_reading(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main([command, "--help"])
+    assert leaving.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 8

@@ -1,0 +1,122 @@
+"""The choice of a door, the command line of ``imagefs restore``, and what the mmap door starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imagefs.cli import restore as cli
+from imagefs.errors import UsageError
+from imagefs.native import preload_path
+from imagefs.restore.door import Request
+from imagefs.restore.doors import choose_door, door_names
+from imagefs.restore.mountpoint import RestoreImage
+
+PROGRAM = """#!{python}
+import json, os, signal, sys
+if sys.argv[1:] == ["-machine", "help"]:
+    print("Supported machines are:\\npc  PC (alias of pc-i440fx-7.2)\\npc-i440fx-7.2  PC (default)")
+else:
+    names = ("LD_PRELOAD", "IMAGEFS_MEMORY")
+    print(json.dumps([os.getpid(), sys.argv, [os.environ.get(name) for name in names]]), flush=True)
+    sys.exit(77)
+"""
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    restore = {"vmm": "qemu", "machine": "pc-i440fx-7.2", "ram_block": "ram", "ram_bytes": 4096, "cpus": 1}
+    (directory / "metadata.json").write_text(json.dumps({"restore": restore}))
+    (directory / "memory").write_bytes(bytes(4096))
+    (directory / "state").write_bytes(b"")
+    return directory
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """A VMM that says how it was started."""
+    path = tmp_path / "qemu"
+    path.write_text(PROGRAM.format(python=sys.executable))
+    path.chmod(0o755)
+    return path
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cli.configure(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["/mnt", "--", "qemu", "-m", "1G", "--print"],
+        ["/mnt", "--door", "mmap", "--", "qemu", "-m", "1G", "--print"],
+        ["--door", "mmap", "/mnt", "--", "qemu", "-m", "1G", "--print"],
+        ["/mnt", "qemu", "-m", "1G", "--print"],
+    ],
+)
+def test_everything_after_the_mountpoint_is_qemus(words: list[str]) -> None:
+    args = parse(*words)
+    assert (args.mountpoint, args.print_only) == (Path("/mnt"), False)
+    assert args.door == ("mmap" if "--door" in words else "auto")
+    assert args.vmm[-4:] == ["qemu", "-m", "1G", "--print"]
+
+
+@pytest.mark.parametrize("words", [[], ["/mnt"], ["/mnt", "--"], ["/mnt", "--door", "trap", "--", "qemu"]])
+def test_command_lines_that_make_no_sense(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(*words)
+    assert ended.value.code == 2
+    assert "usage: imagefs restore MOUNTPOINT" in capsys.readouterr().err
+
+
+def test_doors(mountpoint: Path) -> None:
+    assert door_names() == ["auto", "mmap", "postcopy"]
+    request = Request(RestoreImage(mountpoint, "pc", "ram", 4096, 1), ["qemu"])
+    assert choose_door("auto", request) is choose_door("mmap", request)
+    with pytest.raises(UsageError, match="--door trap: unknown; known are auto, mmap, postcopy"):
+        choose_door("trap", request)
+
+
+@pytest.mark.parametrize("preload", [None, "/lib/other.so"])
+def test_vmm_takes_the_process_over(mountpoint: Path, program: Path, preload: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    if preload:
+        environment["LD_PRELOAD"] = preload
+    command = [sys.executable, "-m", "imagefs.cli", "restore", str(mountpoint), "--", str(program), "-S"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        out, err = process.communicate(timeout=60)
+    pid, arguments, (found_preload, memory) = json.loads(out)
+    assert process.returncode == 77, err
+    assert pid == process.pid
+    assert arguments[1:4] == ["-machine", "pc-i440fx-7.2,memory-backend=ram", "-S"]
+    assert arguments[-1] == f"exec:cat {mountpoint}/state"
+    assert found_preload == " ".join(filter(None, [str(preload_path()), preload]))
+    assert memory == f"{mountpoint}/memory"
+
+
+def test_print(mountpoint: Path, program: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed, a shell runs."""
+    assert cli.run(parse(str(mountpoint), "--print", "--", str(program), "-name", "a 'b' $c")) == 0
+    printed = capsys.readouterr().out
+    done = subprocess.run(["sh", "-c", printed], capture_output=True, check=False, timeout=60)
+    assert done.returncode == 77, done.stderr
+    _, arguments, (preload, memory) = json.loads(done.stdout)
+    assert arguments == [word for word in shlex.split(printed) if "LD_PRELOAD" not in word and "MEMORY=" not in word]
+    assert "a 'b' $c" in arguments
+    assert (preload, memory) == (str(preload_path()), f"{mountpoint}/memory")
+
+
+def test_program_that_is_missing(mountpoint: Path) -> None:
+    with pytest.raises(UsageError, match="no-such-qemu: no such program"):
+        cli.run(parse(str(mountpoint), "--", "no-such-qemu"))
