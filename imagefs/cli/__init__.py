@@ -15,11 +15,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from imagefs.cli.signals import EndedBySignal
 from imagefs.cli.version import version_text
 from imagefs.errors import ImagefsError, UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 COMMANDS = {
     "split": "split a saved VM into an image in a store",
@@ -73,7 +76,8 @@ def guarded(program: str, run: Callable[[], int], *, debug: bool = False) -> int
         return _complain(program, f"ended by {ending.name}", ending.status, debug=False)
     except SystemExit:
         # argparse has printed what there is to say.
-        _flush_or_discard()
+        if _flush_or_discard():
+            return 128 + signal.SIGPIPE
         raise
     except UsageError as error:
         return _complain(program, error, 2, debug)
@@ -109,17 +113,25 @@ def _flush() -> None:
         sys.stdout.flush()
 
 
-def _flush_or_discard() -> None:
-    """If what is still in stdout's buffer cannot be written, keep the interpreter from trying at its exit."""
+def _flush_or_discard() -> bool:
+    """If what is still in stdout's buffer cannot be written, keep the interpreter from trying at its exit; whether
+    that is because nobody reads it."""
     try:
         _flush()
-    except OSError:
+    except OSError as error:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+    return False
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains in one line."""
+    """Complains in one line, and alike in all versions of Python: some hide that an output is closed, some stumble."""
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        file = file or sys.stderr
+        if message and file is not None:
+            file.write(message)
 
     def error(self, message: str) -> NoReturn:
         usage = " ".join(self.format_usage().split())
