@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -41,7 +42,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="STORE/NAME", help="the image to make")
     parser.add_argument("--format", choices=format_names(), help="what SOURCE is (default: recognised)")
     parser.add_argument(
-        "--memory", metavar="FILE", type=Path, help="the RAM file of a QEMU state saved with x-ignore-shared"
+        "--memory",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="the file with the memory where SOURCE has none, as a QEMU state saved with x-ignore-shared",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
@@ -51,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("standard input is closed")
     source = sys.stdin.buffer if args.source == "-" else Path(args.source)
     with signals_as_exceptions():
-        split_stream(source, args.target, memory_file=args.memory, format=args.format, quiet=args.quiet)
+        split_stream(source, args.target, memory_files=args.memory, format=args.format, quiet=args.quiet)
     return 0
 
 
@@ -59,7 +65,7 @@ def split_stream(
     source: BinaryIO | Path,
     target: str,
     *,
-    memory_file: Path | None = None,
+    memory_files: Sequence[Path] = (),
     format: str | None = None,
     quiet: bool = False,
 ) -> None:
@@ -73,7 +79,7 @@ def split_stream(
         with SplitLock(store) as lock:
             try:
                 with (
-                    open_capture(source, spool_dir=store.root, format=format, memory_file=memory_file) as capture,
+                    open_capture(source, spool_dir=store.root, format=format, memory_files=memory_files) as capture,
                     progress_bar("splitting", quiet=quiet) as progress,
                 ):
                     written = write_image(store, where.name, capture, progress=progress, lock=lock)

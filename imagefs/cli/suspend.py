@@ -51,5 +51,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # The guest must not be left standing.
     with signals_as_exceptions(), suspended(args.qmp, args.afterwards) as guest:
-        split_stream(guest.stream, args.target, memory_file=guest.memory_file, format=None, quiet=args.quiet)
+        split_stream(guest.stream, args.target, memory_files=guest.memory_files, format=None, quiet=args.quiet)
     return 0

@@ -5,8 +5,9 @@ Each format is a module with an object ``FORMAT`` (:class:`~imagefs.formats.base
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,9 +17,10 @@ from imagefs.formats.base import Format, Input, Workspace
 from imagefs.image.capture import Capture
 
 FORMATS: tuple[Format, ...] = (qemu_migration.FORMAT, raw.FORMAT)
-"""In the order in which they are tried."""
+"""In the order in which messages list them."""
 
 _SHOWN_MAGIC = 8
+_SHOWN_NAMES, _LARGEST_LISTING = 8, 10_000
 
 __all__ = ["FORMATS", "Format", "format_names", "open_capture"]
 
@@ -30,14 +32,16 @@ def format_names() -> list[str]:
 
 @contextmanager
 def open_capture(
-    source: Path | BinaryIO, *, spool_dir: Path, format: str | None = None, memory_file: Path | None = None
+    source: Path | BinaryIO, *, spool_dir: Path, format: str | None = None, memory_files: Sequence[Path] = ()
 ) -> Iterator[Capture]:
     """Read a saved VM; the capture's sources live as long as the context.
 
-    ``source`` is a path, or an open binary stream that is read to its end and need not be seekable. What must be kept
-    is spooled in ``spool_dir``: up to the size of the guest's memory for streams, little for regular files.
-    ``format`` is one of :func:`format_names`; without it the format is recognised from the first 64 KiB.
-    ``memory_file`` is the RAM file that belongs to a stream saved with x-ignore-shared.
+    ``source`` is a path of a file or directory, or an open binary stream that is read to its end and need not be
+    seekable. What must be kept is spooled in ``spool_dir``: up to the size of the guest's memory for streams, little
+    for regular files. ``format`` is one of :func:`format_names`; without it the format is recognised from the first
+    64 KiB.
+    ``memory_files`` hold the memory where it is not in ``source`` itself: the RAM file of a stream saved with
+    x-ignore-shared, for one.
 
     Raises UsageError, UnsupportedInputError and NoSpaceError.
     """
@@ -49,7 +53,7 @@ def open_capture(
             stream = Input(source, name if isinstance(name, str) else "the input", regular=False)
         chosen = _named(format) if format is not None else _recognise(stream)
         workspace = stack.enter_context(Workspace(spool_dir))
-        yield chosen.read(stream, workspace, memory_file)
+        yield chosen.read(stream, workspace, memory_files)
 
 
 def _named(name: str) -> Format:
@@ -60,16 +64,26 @@ def _named(name: str) -> Format:
 
 
 def _recognise(stream: Input) -> Format:
-    for known in FORMATS:
-        if known.matches(stream.head):
-            return known
+    matching = [known for known in FORMATS if known.matches(stream)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        names = " and ".join(known.name for known in matching)
+        raise UnsupportedInputError(f"{stream.name} may be {names} ({_seen(stream)}); say which with --format")
+    names = f"say which with --format ({', '.join(format_names())})"
+    if stream.directory is not None:
+        raise UnsupportedInputError(f"{stream.name} is of no known format: {_seen(stream)}; {names}")
     if not stream.head:
         raise UnsupportedInputError(f"{stream.name} is empty", field="magic", offset=0)
-    size = stream.size
     raise UnsupportedInputError(
-        f"{stream.name} is of no known format: it begins with {stream.head[:_SHOWN_MAGIC].hex()}"
-        + (f" and has {size:,} bytes" if size is not None else "")
-        + f"; say which with --format ({', '.join(format_names())})",
-        field="magic",
-        offset=0,
+        f"{stream.name} is of no known format: {_seen(stream)}; {names}", field="magic", offset=0
     )
+
+
+def _seen(stream: Input) -> str:
+    if stream.directory is not None:
+        names = sorted(entry.name for entry in islice(stream.directory.iterdir(), _LARGEST_LISTING))
+        shown = ", ".join(map(ascii, names[:_SHOWN_NAMES])) + (", …" if len(names) > _SHOWN_NAMES else "")
+        return f"it is a directory with {shown}" if names else "it is an empty directory"
+    size = f" and has {stream.size:,} bytes" if stream.size is not None else ""
+    return f"it begins with {stream.head[:_SHOWN_MAGIC].hex()}{size}"

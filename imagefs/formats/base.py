@@ -6,6 +6,7 @@ import io
 import os
 import select
 import stat
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -53,11 +54,13 @@ class Workspace:
 class Input:
     """The file that is split, read once from its start to its end; ``head`` is what it begins with.
 
-    The caller keeps ownership of a stream; a path is opened and closed here.
+    The caller keeps ownership of a stream; a path is opened and closed here. What is split may also be a
+    ``directory``: then there is nothing to read here, and ``head`` is empty.
     """
 
-    def __init__(self, stream: BinaryIO, name: str, regular: bool) -> None:
+    def __init__(self, stream: BinaryIO, name: str, regular: bool, directory: Path | None = None) -> None:
         self.name = name
+        self.directory = directory
         self.regular = regular
         """Whether it is a regular file at its offset zero, so that it need not be spooled."""
         self._stream = cast(io.RawIOBase, stream)  # typing's BinaryIO knows no readinto
@@ -71,6 +74,8 @@ class Input:
     @classmethod
     def of_path(cls, path: Path, stack: ExitStack) -> Input:
         """Raises UsageError where the file cannot be opened."""
+        if path.is_dir():
+            return cls(io.BytesIO(), str(path), regular=False, directory=path)
         try:
             stream = stack.enter_context(io.FileIO(path))
         except OSError as error:
@@ -110,14 +115,16 @@ class Format(Protocol):
     name: str
     """As ``--format`` takes it."""
 
-    def matches(self, head: bytes) -> bool:
-        """Whether a file that begins so is of this format. ``head`` is at most HEAD_SIZE bytes, maybe fewer."""
+    def matches(self, source: Input) -> bool:
+        """Whether the input is of this format, by its ``head`` of at most HEAD_SIZE bytes, its name or, for a
+        directory, by what is in it. At most one format may say so."""
 
-    def read(self, source: Input, workspace: Workspace, memory_file: Path | None) -> Capture:
-        """Consume the input in one pass, with bounded memory.
+    def read(self, source: Input, workspace: Workspace, memory_files: Sequence[Path]) -> Capture:
+        """Consume the input in one pass, with bounded memory. ``memory_files`` are what ``--memory`` named, in order:
+        files with the memory that belong to the input.
 
         Raises UnsupportedInputError with field and offset for what is truncated, damaged or not understood, and
-        UsageError for a ``memory_file`` (``--memory``) where none is wanted.
+        UsageError for ``memory_files`` where none, or not so many, are wanted.
         """
 
 

@@ -22,10 +22,12 @@ RAM is the only iterable section that is understood. A background snapshot has n
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from imagefs.errors import UsageError
 from imagefs.formats.base import Input, NativeRecorder, Workspace
 from imagefs.formats.qemu_cpu import find_paging
 from imagefs.formats.qemu_devices import SECTION_FULL, Description, check_devices
@@ -81,11 +83,13 @@ class QemuMigration:
 
     name = "qemu-migration"
 
-    def matches(self, head: bytes) -> bool:
-        return head.startswith(MAGIC)
+    def matches(self, source: Input) -> bool:
+        return source.head.startswith(MAGIC)
 
-    def read(self, source: Input, workspace: Workspace, memory_file: Path | None) -> Capture:
-        return _StreamReader(source, workspace, memory_file).read()
+    def read(self, source: Input, workspace: Workspace, memory_files: Sequence[Path]) -> Capture:
+        if len(memory_files) > 1:
+            raise UsageError(f"--memory {memory_files[1]}: the stream has one RAM file at most")
+        return _StreamReader(source, workspace, next(iter(memory_files), None)).read()
 
 
 FORMAT = QemuMigration()

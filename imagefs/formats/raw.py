@@ -6,6 +6,7 @@ kept in the native file and padded with zeros in memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +43,14 @@ class Raw:
 
     name = "raw"
 
-    def matches(self, head: bytes) -> bool:
+    def matches(self, source: Input) -> bool:
         return False
 
-    def read(self, source: Input, workspace: Workspace, memory_file: Path | None) -> Capture:
-        if memory_file is not None:
-            raise UsageError(f"--memory {memory_file}: a raw image is the memory already")
+    def read(self, source: Input, workspace: Workspace, memory_files: Sequence[Path]) -> Capture:
+        if memory_files:
+            raise UsageError(f"--memory {memory_files[0]}: a raw image is the memory already")
+        if source.directory is not None:
+            raise UsageError(f"{source.name} is a directory, not a raw image")
         memory: ByteSource = workspace.adopt(source.as_file()) if source.regular else _spool(source, workspace)
         size = memory.size
         if size == 0:

@@ -15,7 +15,7 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +60,8 @@ class Suspended:
 
     stream: BinaryIO
     """The migration stream, read once from its start to its end. Reading its end raises RestoreError if QEMU failed."""
-    memory_file: Path | None
-    """The guest's RAM file, whose pages are not in the stream; it may be read until the context is left."""
+    memory_files: Sequence[Path]
+    """At most one, the RAM file, whose pages are not in the stream; it may be read until the context is left."""
     ran: bool
     """Whether the guest was running before."""
 
@@ -90,7 +90,7 @@ def suspended(qmp_path: str | Path, afterwards: Afterwards = Afterwards.STAY) ->
         try:
             _stop(qmp, state)
             with _settings(qmp, ignore_shared=ram_file is not None), _migration(qmp, at_end) as stream:
-                yield Suspended(stream, ram_file, ran)
+                yield Suspended(stream, [ram_file] if ram_file else [], ran)
             if afterwards is Afterwards.RESUME:
                 _go_on(qmp)
         except BaseException:

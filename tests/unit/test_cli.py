@@ -95,7 +95,7 @@ def test_split_from_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (["info", "{tmp}/store/vm8"], 1, "vm8: no such object"),
         (["info", "{tmp}/store/objects"], 2, "'objects' is where the store keeps its objects"),
         (["info", "http://127.0.0.1/"], 2, "no image named"),
-        (["split", "{tmp}/directory", "{tmp}/s/vm"], 2, "directory: Is a directory"),
+        (["split", "{tmp}/directory", "{tmp}/s/vm"], 1, "it is an empty directory; say which with --format"),
         (["split", "{tmp}/short", "{tmp}/short/vm"], 2, "not a directory"),
         (["info", "http://127.0.0.1:1/vm"], 1, "refused"),
     ],

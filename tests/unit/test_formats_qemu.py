@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -44,7 +44,7 @@ class Pipe(io.RawIOBase):
 
 
 @contextmanager
-def captured(data: bytes, piped: int = 0, memory_file: Path | None = None) -> Iterator[Capture]:
+def captured(data: bytes, piped: int = 0, memory_files: Sequence[Path] = ()) -> Iterator[Capture]:
     """The capture of a stream, out of a regular file or out of a pipe that gives ``piped`` bytes at a time."""
     with tempfile.TemporaryDirectory(prefix="imagefs-test-") as name:
         directory = Path(name)
@@ -53,7 +53,7 @@ def captured(data: bytes, piped: int = 0, memory_file: Path | None = None) -> It
             source = io.BufferedReader(Pipe(data, piped), 512)
         else:
             (directory / "save").write_bytes(data)
-        with open_capture(source, spool_dir=directory, memory_file=memory_file) as capture:
+        with open_capture(source, spool_dir=directory, memory_files=memory_files) as capture:
             yield capture
 
 
@@ -218,7 +218,7 @@ def test_ignore_shared(tmp_path: Path) -> None:
     built = shared_stream(OTHERS)
     options = Options(blocks={"ram": 4 * PAGE_SIZE, "vga.vram": 2 * PAGE_SIZE}, main="ram")
     plain = build([[*OTHERS, Record("page", "ram", 0, page_of(7))]], options)
-    with captured(built.data, memory_file=memory) as capture:
+    with captured(built.data, memory_files=[memory]) as capture:
         assert content(capture.memory) == memory.read_bytes()
         assert content(capture.state) == built.state == plain.state
         assert content(NativeReader(capture.native, capture.memory)) == built.data
@@ -258,15 +258,15 @@ def test_memory_file_that_is_not_wanted(tmp_path: Path) -> None:
     memory = tmp_path / "ram"
     memory.write_bytes(bytes(4 * PAGE_SIZE))
     plain = build([[Record("page", "pc.ram", 1, page_of(1))]])
-    with pytest.raises(UsageError, match=r"--memory .*x-ignore-shared"), captured(plain.data, memory_file=memory):
+    with pytest.raises(UsageError, match=r"--memory .*x-ignore-shared"), captured(plain.data, memory_files=[memory]):
         pass
     private = shared_stream([*OTHERS, Record("page", "ram", 1, page_of(4))])
-    with pytest.raises(UsageError, match=r"--memory .*itself"), captured(private.data, memory_file=memory):
+    with pytest.raises(UsageError, match=r"--memory .*itself"), captured(private.data, memory_files=[memory]):
         pass
     memory.write_bytes(bytes(3 * PAGE_SIZE))
     with (
         pytest.raises(UsageError, match=r"12,288 bytes.*16,384"),
-        captured(shared_stream(OTHERS).data, memory_file=memory),
+        captured(shared_stream(OTHERS).data, memory_files=[memory]),
     ):
         pass
 
@@ -277,7 +277,7 @@ def test_other_block_in_shared_memory(tmp_path: Path) -> None:
     memory.write_bytes(bytes(4 * PAGE_SIZE))
     with (
         pytest.raises(UnsupportedInputError, match=r"'vga.vram' was in shared memory"),
-        captured(shared_stream([]).data, memory_file=memory),
+        captured(shared_stream([]).data, memory_files=[memory]),
     ):
         pass
 

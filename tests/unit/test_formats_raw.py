@@ -108,7 +108,7 @@ def test_raw_is_the_memory_already(tmp_path: Path) -> None:
     path.write_bytes(bytes(PAGE_SIZE))
     with (
         pytest.raises(UsageError, match="--memory"),
-        open_capture(path, spool_dir=tmp_path, format="raw", memory_file=path),
+        open_capture(path, spool_dir=tmp_path, format="raw", memory_files=[path]),
     ):
         pass
 
@@ -151,5 +151,23 @@ def test_names(tmp_path: Path) -> None:
 def test_source_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="absent: No such file"), open_capture(tmp_path / "absent", spool_dir=tmp_path):
         pass
-    with pytest.raises(UsageError, match="Is a directory"), open_capture(tmp_path, spool_dir=tmp_path):
+
+
+def test_a_directory_of_no_known_format(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    with (
+        pytest.raises(UnsupportedInputError, match="it is an empty directory; say which with --format"),
+        open_capture(tmp_path / "saved", spool_dir=tmp_path),
+    ):
+        pass
+    (tmp_path / "saved" / "a\nfile").touch()
+    with (
+        pytest.raises(UnsupportedInputError, match=r"it is a directory with 'a\\nfile';"),
+        open_capture(tmp_path / "saved", spool_dir=tmp_path),
+    ):
+        pass
+    with (
+        pytest.raises(UsageError, match="is a directory"),
+        open_capture(tmp_path / "saved", spool_dir=tmp_path, format="raw"),
+    ):
         pass

@@ -53,7 +53,7 @@ def save(vm: Vm, directory: Path, guest: Guest, options: dict[str, Any]) -> Save
     nonce, count = vm.ping()
     with (
         suspended(vm.qmp_socket) as source,
-        open_capture(source.stream, spool_dir=directory.parent, memory_file=source.memory_file) as capture,
+        open_capture(source.stream, spool_dir=directory.parent, memory_files=source.memory_files) as capture,
     ):
         show(capture, directory)
     return SavedVm(directory, guest, options, nonce, count)

@@ -171,8 +171,8 @@ def test_saved_and_loaded(machine: str, own_file: bool, tmp_path: Path) -> None:
     block = "ram" if own_file else "pc.ram"
     states = {}
     for kind, path in saves.items():
-        memory_file = file if kind == "shared" else None
-        with open_capture(path, spool_dir=tmp_path, memory_file=memory_file) as capture:
+        memory_files = [file] if file is not None and kind == "shared" else []
+        with open_capture(path, spool_dir=tmp_path, memory_files=memory_files) as capture:
             assert capture.restore["machine"].startswith({"pc": "pc-i440fx-", "q35": "pc-q35-"}[machine])
             assert capture.restore["ram_block"] == block
             assert capture.restore["cpus"] == 1

@@ -74,16 +74,16 @@ def test_suspend_again_and_again(vm: Vm, tmp_path: Path) -> None:
     for afterwards in (Afterwards.RESUME, Afterwards.STAY, Afterwards.STAY, Afterwards.QUIT):
         with (
             suspended(vm.qmp_socket, afterwards) as source,
-            open_capture(source.stream, spool_dir=tmp_path, memory_file=source.memory_file) as capture,
+            open_capture(source.stream, spool_dir=tmp_path, memory_files=source.memory_files) as capture,
         ):
             assert capture.geometry.size == MEMORY_MIB << 20
             assert capture.restore["machine"].startswith("pc-i440fx-")
             sizes.append(capture.native.size)
             assert source.ran == (len(sizes) <= 2)
             # With the pages in the stream, its end lets the guest go on.
-            goes_on = afterwards is Afterwards.RESUME and source.memory_file is None
+            goes_on = afterwards is Afterwards.RESUME and not source.memory_files
             assert vm.status == ("running" if goes_on else "postmigrate")
-            pages_apart = source.memory_file is not None
+            pages_apart = bool(source.memory_files)
         if afterwards is Afterwards.QUIT:
             break
         assert settings(vm) == before
@@ -175,7 +175,7 @@ def test_file_that_is_no_longer_the_guests(guest: Guest, tmp_path: Path) -> None
         with open(vm.ram_file, "wb") as file:
             file.truncate(MEMORY_MIB << 20)
         with suspended(vm.qmp_socket, Afterwards.QUIT) as source:
-            assert source.memory_file is None
+            assert not source.memory_files
             with open_capture(source.stream, spool_dir=tmp_path) as capture:
                 assert capture.native.size > STATE_AT_MOST
 
