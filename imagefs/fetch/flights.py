@@ -35,8 +35,9 @@ class Priority(IntEnum):
     """Lower is sooner."""
 
     TOUCH = 0
-    NEIGHBOUR = 1
-    SWEEP = 2
+    WORKING_SET = 1
+    NEIGHBOUR = 2
+    SWEEP = 3
 
 
 class Flight:
@@ -146,8 +147,8 @@ class FlightTable:
     def next_request(self, *, sweep: bool = True) -> Request | None:
         """The next request to make, its flights flying from now on; None if none may be made now.
 
-        Neighbours fill the link while a touch is on its round trip; the sweep waits until nobody touches, and with
-        ``sweep=False`` longer.
+        A working set and neighbours fill the link while a touch is on its round trip; the sweep waits until nobody
+        touches, and with ``sweep=False`` longer.
         """
         if self._requests >= self._connections:
             return None
@@ -156,8 +157,9 @@ class FlightTable:
             _, flight = touch.popitem(last=False)
             return self._take([flight], background=False)
         if self._background < self._background_limit:
-            if self._queues[Priority.NEIGHBOUR]:
-                return self._take(self._coalesce(self._queues[Priority.NEIGHBOUR]), background=True)
+            for priority in (Priority.WORKING_SET, Priority.NEIGHBOUR):
+                if self._queues[priority]:
+                    return self._take(self._coalesce(self._queues[priority]), background=True)
             if self._queues[Priority.SWEEP] and sweep and not self.touched:
                 return self._take(self._coalesce(self._queues[Priority.SWEEP]), background=True)
         return None

@@ -34,6 +34,14 @@ def test_a_touch_goes_before_everything_queued() -> None:
     assert numbers(flights.next_request()) == [90]
 
 
+def test_a_working_set_goes_before_neighbours_and_beside_a_touch() -> None:
+    flights = table()
+    want(flights, 1, Priority.NEIGHBOUR)
+    want(flights, 50, Priority.WORKING_SET)
+    want(flights, 90, Priority.TOUCH)
+    assert [numbers(flights.next_request()) for _ in range(3)] == [[90], [50], [1]]
+
+
 def test_single_flight_and_promotion() -> None:
     flights = table()
     for number in (1, 2, 3):
