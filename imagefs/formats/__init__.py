@@ -14,6 +14,7 @@ from typing import BinaryIO
 from imagefs.errors import UnsupportedInputError, UsageError
 from imagefs.formats import qemu_migration, raw
 from imagefs.formats.base import Format, Input, Workspace
+from imagefs.formats.structure import with_structure
 from imagefs.image.capture import Capture
 
 FORMATS: tuple[Format, ...] = (qemu_migration.FORMAT, raw.FORMAT)
@@ -53,7 +54,7 @@ def open_capture(
             stream = Input(source, name if isinstance(name, str) else "the input", regular=False)
         chosen = _named(format) if format is not None else _recognise(stream)
         workspace = stack.enter_context(Workspace(spool_dir))
-        yield chosen.read(stream, workspace, memory_files)
+        yield with_structure(chosen.read(stream, workspace, memory_files))
 
 
 def _named(name: str) -> Format:

@@ -1,4 +1,4 @@
-"""The vCPUs' paging registers out of the device state of a QEMU migration stream.
+"""The vCPUs' registers out of the device state of a QEMU migration stream.
 
 Device sections do not say how long they are; the stream's own description does, field by field, in the order of the
 sections. As migration/savevm.c and migration/vmstate.c of QEMU write them, all integers big-endian:
@@ -15,7 +15,8 @@ sections. As migration/savevm.c and migration/vmstate.c of QEMU write them, all 
 |     5 | footer             | 0x7e, section id; not for machine types up to 2.3                            |
 
 ``size`` of a struct covers all that is in it. Section ``cpu`` of an x86 guest (target/i386/machine.c) has the fields
-``env.cr[0]``, ``env.cr[3]``, ``env.cr[4]`` and ``env.efer``, the last one in qemu-system-x86_64 only.
+in ``_REGISTERS``, ``env.efer`` in qemu-system-x86_64 only. An array whose elements differ in their description is
+several fields of one name, each with its ``index``.
 
 This finds hints, so it never refuses a stream: it gives what it found before the first thing that does not fit.
 """
@@ -30,13 +31,27 @@ from typing import Any
 from imagefs.formats.qemu_devices import SECTION_FULL
 from imagefs.formats.qemu_state import SECTION_FOOTER
 from imagefs.image.capture import ByteSource
-from imagefs.image.pagetables import PagingState
+from imagefs.image.vcpu import EFER_LMA, VcpuState, mode_of
 
 log = logging.getLogger(__name__)
 
 _CPU = "cpu"
-_CR0, _CR3, _CR4, _EFER = "env.cr[0]", "env.cr[3]", "env.cr[4]", "env.efer"
+_REGISTERS = {
+    "cr0": ("env.cr[0]", 0, None),
+    "cr3": ("env.cr[3]", 0, None),
+    "cr4": ("env.cr[4]", 0, None),
+    "efer": ("env.efer", 0, None),
+    "rip": ("env.eip", 0, None),
+    "rsp": ("env.regs", 4, None),
+    "cs": ("env.segs", 1, "selector"),
+    "cs_flags": ("env.segs", 1, "flags"),
+    "gdt_base": ("env.gdt", 0, "base"),
+    "idt_base": ("env.idt", 0, "base"),
+}
+"""Where each is: field, element of the array, member of the structure."""
 _REGISTER_SIZES = (4, 8)
+_CS_LONG = 1 << 21
+"""The L flag of a descriptor, as in its second word, which is what QEMU keeps as ``flags``."""
 
 _OPENING = struct.Struct(">BIB")
 _NUMBERS = struct.Struct(">II")
@@ -45,8 +60,8 @@ _SUBSECTION_HEADER_SIZE = 6
 """Type, length of the name, version; the name comes on top."""
 
 
-def find_paging(state: ByteSource, start: int, description: Mapping[str, Any]) -> list[PagingState]:
-    """Paging registers of each vCPU, in the order of the stream; empty for guests that are not x86.
+def find_vcpus(state: ByteSource, start: int, description: Mapping[str, Any]) -> list[VcpuState]:
+    """Registers of each vCPU, in the order of the stream; empty for guests that are not x86.
 
     The device sections begin at ``start`` of ``state``; ``description`` is the stream's JSON, parsed. Raises nothing
     for what is in them.
@@ -54,8 +69,8 @@ def find_paging(state: ByteSource, start: int, description: Mapping[str, Any]) -
     found = []
     try:
         for at, device in _devices(state, start, description["devices"]):
-            if device["name"] == _CPU and (paging := _paging(state, at, device["fields"])) is not None:
-                found.append(paging)
+            if device["name"] == _CPU and (vcpu := _vcpu(state, at, device["fields"])) is not None:
+                found.append(vcpu)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         log.info("vCPUs after the first %d are not looked at: %s: %s", len(found), type(error).__name__, error)
     return found
@@ -89,19 +104,33 @@ def _devices(
         yield begin, device
 
 
-def _paging(state: ByteSource, at: int, fields: list[Mapping[str, Any]]) -> PagingState | None:
+def _vcpu(state: ByteSource, at: int, fields: list[Mapping[str, Any]]) -> VcpuState | None:
     """None for a vCPU without control registers."""
-    values = dict.fromkeys((_CR0, _CR3, _CR4, _EFER), 0)
-    names = set()
+    values: dict[str, int] = {}
     for field in fields:
-        name = field["name"]
-        if name in values and field["size"] in _REGISTER_SIZES:
-            values[name] = int.from_bytes(_read(state, at, field["size"]), "big")
-            names.add(name)
+        for register, (name, index, member) in _REGISTERS.items():
+            first = field.get("index", 0)
+            if field["name"] == name and 0 <= index - first < field.get("array_len", 1):
+                place = _place(field, at + (index - first) * field["size"], member)
+                if place is not None:
+                    values[register] = int.from_bytes(_read(state, *place), "big")
         at += _field_size(field)
-    if not names.issuperset((_CR0, _CR3, _CR4)):
+    if not values.keys() >= {"cr0", "cr3", "cr4"}:
         return None
-    return PagingState(values[_CR0], values[_CR3], values[_CR4], values[_EFER])
+    code_is_64_bit = bool(values.pop("cs_flags", 0) & _CS_LONG)
+    mode = mode_of(values["cr0"], bool(values.get("efer", 0) & EFER_LMA), code_is_64_bit)
+    return VcpuState(**values, mode=mode)
+
+
+def _place(field: Mapping[str, Any], at: int, member: str | None) -> tuple[int, int] | None:
+    """Where the field, or a member of it, is, and how many bytes; None where it is no register."""
+    if member is None:
+        return (at, field["size"]) if field["size"] in _REGISTER_SIZES else None
+    for inner in field["struct"]["fields"]:
+        if inner["name"] == member:
+            return _place(inner, at, None)
+        at += _field_size(inner)
+    return None
 
 
 def _size(section: Mapping[str, Any]) -> int:

@@ -29,14 +29,14 @@ from typing import Any
 
 from imagefs.errors import UsageError
 from imagefs.formats.base import Input, NativeRecorder, Workspace
-from imagefs.formats.qemu_cpu import find_paging
+from imagefs.formats.qemu_cpu import find_vcpus
 from imagefs.formats.qemu_devices import SECTION_FULL, Description, check_devices
 from imagefs.formats.qemu_machine import memory_layout
 from imagefs.formats.qemu_ram import RamReader
 from imagefs.formats.qemu_state import SECTION_END, SECTION_FOOTER, SECTION_PART, StateWriter
 from imagefs.formats.qemu_stream import StreamCursor
 from imagefs.image.capture import Capture
-from imagefs.image.pagetables import walk
+from imagefs.image.vcpu import VcpuState
 
 MAGIC = b"QEVM"
 VERSION = 3
@@ -124,9 +124,9 @@ class _StreamReader:
         memory, exceptions, superseded = self._ram.finish()
         native = self._native.finish(exceptions, superseded)
         geometry, notes = memory_layout(self._configuration.machine, self._ram.main.size)
-        paging = []
+        vcpus: list[VcpuState] = []
         if description is not None:
-            paging = find_paging(self._state.spool, self._devices_at, json.loads(description.text))
+            vcpus = find_vcpus(self._state.spool, self._devices_at, json.loads(description.text))
         return Capture(
             source_format=FORMAT.name,
             source_version=str(VERSION),
@@ -136,7 +136,7 @@ class _StreamReader:
             state=self._state.spool,
             config={"qemu-vmdesc.json": description.text} if description else {},
             restore=self._restore(description, notes),
-            essential=walk(memory, geometry, paging),
+            vcpus=tuple(vcpus),
         )
 
     def _restore(self, description: Description | None, notes: list[str]) -> dict[str, Any]:

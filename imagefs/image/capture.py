@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from imagefs.image.geometry import Geometry
 from imagefs.image.native import NativeTemplate
+from imagefs.image.vcpu import VcpuState
 
 
 class ByteSource(Protocol):
@@ -79,5 +80,9 @@ class Capture:
     """Whatever came along, by file name under ``config/``."""
     restore: Mapping[str, Any] = field(default_factory=dict)
     """What a restore needs to know (JSON values); ``{}`` for formats that can only be inspected."""
+    vcpus: tuple[VcpuState, ...] = ()
+    """What is known of the vCPUs, in the VMM's order."""
     essential: tuple[PageKind, ...] = ()
-    """Page-table frames; they travel with the metadata."""
+    """Page-table frames; they travel with the metadata. A reader leaves this empty, unless its source says itself which
+    pages are page tables (as Xen's streams of PV guests do): otherwise they are found from ``vcpus``, see
+    :mod:`imagefs.formats.structure`."""

@@ -15,6 +15,7 @@ from typing import Any
 from imagefs.image.capture import PageKind
 from imagefs.image.fields import Fields, is_integer
 from imagefs.image.geometry import PAGE_SIZE, Geometry, Region
+from imagefs.image.vcpu import VcpuState, parse_vcpus
 
 _KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
 
@@ -26,6 +27,7 @@ class Document:
     value: Mapping[str, Any]
     geometry: Geometry
     kinds: tuple[PageKind, ...]
+    vcpus: tuple[VcpuState, ...]
     state_bytes: int
     native_bytes: int
     config: list[str]
@@ -47,6 +49,7 @@ def parse_document(text: bytes, *, key: str, origin: str) -> Document:
         fields.value,
         geometry,
         tuple(_kinds(fields, geometry.pages)),
+        tuple(parse_vcpus(fields)),
         fields.integer("state_bytes"),
         fields.integer("native_bytes"),
         _config(fields),

@@ -19,19 +19,15 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 from imagefs.image.capture import ByteSource, PageKind
 from imagefs.image.geometry import PAGE_SIZE, Geometry
+from imagefs.image.vcpu import CR4_PSE, VcpuState
 
 log = logging.getLogger(__name__)
 
 MAX_FRAMES = 16384
 """Page tables for 32 GiB in pages of 4 KiB. If all are scattered their list takes 70 KB of the metadata object."""
-
-_CR0_PG = 1 << 31
-_CR4_PSE, _CR4_PAE, _CR4_LA57 = 1 << 4, 1 << 5, 1 << 12
-_EFER_LMA = 1 << 10
 
 _PRESENT, _LARGE = 1 << 0, 1 << 7
 _ADDRESS = 0x000F_FFFF_FFFF_F000
@@ -48,34 +44,14 @@ _PT, _PD, _PDPT, _PML4, _PML5 = range(1, 6)
 _KINDS = {_PT: "pt", _PD: "pd", _PDPT: "pdpt", _PML4: "pml4", _PML5: "pml5"}
 
 
-@dataclass(frozen=True, slots=True)
-class PagingState:
-    """The registers of one vCPU that say where its page tables are, and of which form."""
-
-    cr0: int
-    cr3: int
-    cr4: int
-    efer: int
-
-    @property
-    def levels(self) -> int:
-        """Of tables, as in the module's table; 0 while paging is off."""
-        if not self.cr0 & _CR0_PG:
-            return 0
-        if not self.cr4 & _CR4_PAE:
-            return 2
-        if not self.efer & _EFER_LMA:
-            return 3
-        return 5 if self.cr4 & _CR4_LA57 else 4
-
-
 def walk(
-    memory: ByteSource, geometry: Geometry, states: Iterable[PagingState], *, limit: int = MAX_FRAMES
+    memory: ByteSource, geometry: Geometry, vcpus: Iterable[VcpuState], *, limit: int = MAX_FRAMES
 ) -> tuple[PageKind, ...]:
     """The page-table frames of all vCPUs as runs of page numbers of ``memory``: ascending, disjoint, joined.
 
     A frame in several roles, as Windows' self-map makes them, gets the kind of the highest level. At most ``limit``
-    frames: roots first, then level by level. Tables outside RAM are passed over; no content of memory is an error.
+    frames: roots first, then level by level. Tables outside RAM are passed over; no content of memory is an error, but
+    either of these is worth a warning, since no operating system makes them.
 
     Linux with page-table isolation has the kernel's PGD and the user's side by side in 8 KiB, and CR3 names one of
     them. The other one is walked too if their user halves lead to the same tables, because a vCPU that was stopped in
@@ -83,9 +59,15 @@ def walk(
     """
     walker = _Walker(memory, geometry, limit)
     try:
-        walker.walk(states)
+        walker.walk([vcpu for vcpu in vcpus if vcpu.levels])
     except _LimitReachedError:
-        log.info("the walk of the guest's page tables ends at %d frames", limit)
+        log.warning("the walk of the guest's page tables ends at %d frames", limit)
+    if walker.outside:
+        log.warning(
+            "%d of the guest's page tables are not in its RAM and passed over: the first at %#x",
+            len(walker.outside),
+            min(walker.outside),
+        )
     return tuple(_runs(walker.found))
 
 
@@ -94,7 +76,8 @@ class _LimitReachedError(Exception):
 
 
 class _Walker:
-    """``found``: the level by page number. A frame that is in it is not visited again.
+    """``found``: the level by page number. A frame that is in it is not visited again, so loops end.
+    ``outside``: addresses of tables that are not in RAM.
 
     Levels are finished from the top down, so a frame is visited in its highest role. That role finds whatever a
     lower one would: the same entries lead to the same frames, from which there are more levels to go. (Of a PAE root
@@ -103,21 +86,23 @@ class _Walker:
 
     def __init__(self, memory: ByteSource, geometry: Geometry, limit: int) -> None:
         self.found: dict[int, int] = {}
+        self.outside: set[int] = set()
         self._memory = memory
         self._geometry = geometry
         self._limit = limit
 
-    def walk(self, states: Iterable[PagingState]) -> None:
+    def walk(self, vcpus: Iterable[VcpuState]) -> None:
         pages: dict[int, list[int]] = {level: [] for level in _KINDS}
         short: dict[int, int] = {}  # 32-bit page directories, and which bits lead past them
-        for state in sorted(set(states), key=lambda state: (-state.levels, state.cr3)):
-            if state.levels >= 4:
-                pages[state.levels] += self._long_roots(state)
-            elif state.levels == 3:
-                pages[_PD] += self._pae_directories(state.cr3)
-            elif state.levels == 2:
-                mask = _PRESENT | (_LARGE if state.cr4 & _CR4_PSE else 0)
-                short.update((page, mask) for page in self._take([state.cr3 & _ADDRESS_32], _PD))
+        roots = {(vcpu.levels, vcpu.cr3 or 0, (vcpu.cr4 or 0) & CR4_PSE) for vcpu in vcpus}
+        for levels, cr3, large in sorted(roots, key=lambda root: (-root[0], *root[1:])):
+            if levels >= 4:
+                pages[levels] += self._long_roots(levels, cr3)
+            elif levels == 3:
+                pages[_PD] += self._pae_directories(cr3)
+            else:
+                mask = _PRESENT | (_LARGE if large else 0)
+                short.update((page, mask) for page in self._take([cr3 & _ADDRESS_32], _PD))
         for level in (_PML5, _PML4, _PDPT, _PD):
             for page in pages[level]:
                 entries = self._read(_LONG_ENTRIES, page * PAGE_SIZE)
@@ -127,9 +112,9 @@ class _Walker:
             entries = self._read(_SHORT_ENTRIES, page * PAGE_SIZE)
             self._take([entry & _ADDRESS_32 for entry in entries if entry & mask == _PRESENT], _PT)
 
-    def _long_roots(self, state: PagingState) -> list[int]:
-        address = state.cr3 & _ADDRESS
-        roots = self._take([address], state.levels)
+    def _long_roots(self, levels: int, cr3: int) -> list[int]:
+        address = cr3 & _ADDRESS
+        roots = self._take([address], levels)
         twin = self._geometry.page_of_pfn((address ^ _TWIN) // PAGE_SIZE)
         if roots and twin is not None:
             here, there = (
@@ -137,7 +122,7 @@ class _Walker:
                 for entries in (self._read(_LONG_ENTRIES, page * PAGE_SIZE) for page in (roots[0], twin))
             )
             if here == there and any(address is not None for address in here):
-                roots += self._take([address ^ _TWIN], state.levels)
+                roots += self._take([address ^ _TWIN], levels)
         return roots
 
     def _pae_directories(self, cr3: int) -> list[int]:
@@ -154,7 +139,9 @@ class _Walker:
         pages = []
         for address in addresses:
             page = self._geometry.page_of_pfn(address // PAGE_SIZE)
-            if page is not None and page not in self.found:
+            if page is None:
+                self.outside.add(address)
+            elif page not in self.found:
                 if len(self.found) >= self._limit:
                     raise _LimitReachedError
                 self.found[page] = level

@@ -35,6 +35,7 @@ from imagefs.image.streams import (
     NATIVE_SUPERSEDED,
     STATE,
 )
+from imagefs.image.vcpu import describe_vcpu
 from imagefs.store.advance import Advance, essential_pages, is_small
 from imagefs.store.catalogue import Catalogue
 from imagefs.store.directory import DirectoryStore
@@ -230,5 +231,6 @@ def _document(capture: Capture) -> dict[str, Any]:
         ],
         "config": sorted(capture.config),
         "restore": dict(capture.restore),
+        "vcpus": [describe_vcpu(vcpu) for vcpu in capture.vcpus],
         "page_tables": [[kind.first, kind.count, kind.kind] for kind in capture.essential],
     }

@@ -9,6 +9,7 @@ from typing import Any
 from imagefs.image.capture import BytesSource, Capture, PageKind
 from imagefs.image.geometry import PAGE_SIZE, Geometry, flat_geometry
 from imagefs.image.native import NativeTemplate, TemplateBuilder
+from imagefs.image.vcpu import VcpuState
 
 
 def memory_of(pages: int, seed: int, zero_share: float = 0.5) -> bytes:
@@ -44,6 +45,7 @@ def capture_of(
     config: Mapping[str, bytes] | None = None,
     geometry: Geometry | None = None,
     restore: Mapping[str, Any] | None = None,
+    vcpus: tuple[VcpuState, ...] = (),
     essential: tuple[PageKind, ...] = (),
 ) -> Capture:
     return Capture(
@@ -55,5 +57,6 @@ def capture_of(
         BytesSource(state),
         config or {},
         restore or {},
+        vcpus,
         essential,
     )

@@ -256,6 +256,11 @@ class ReferenceReader:
         need(all(PAGE * page + len(run) <= end for page, run in self.runs), "page run: beyond the memory")
         files = sorted(name.removeprefix("config/") for name in self.streams if name.startswith("config/"))
         need(document["config"] == files, "document: config")
+        for vcpu in document.get("vcpus", []):
+            need(isinstance(vcpu, dict), "vcpus")
+            need(vcpu.get("mode", "real") in ("real", "protected", "compatibility", "long"), "vcpus: mode")
+            for name in {*["cr0", "cr3", "cr4", "efer", "rip", "rsp", "cs", "gdt_base", "idt_base"]} & set(vcpu):
+                need(re.fullmatch("0x(0|[1-9a-f][0-9a-f]{0,15})", str(vcpu[name])) is not None, f"vcpus: {name}")
         for item in document["page_tables"]:
             need(isinstance(item, list) and len(item) == 3, "page tables")
             need(0 < integer(item[1], "page tables") <= end // PAGE - integer(item[0], "page tables"), "page tables")

@@ -1,4 +1,4 @@
-"""The paging registers of each vCPU, found in device state that a description explains."""
+"""The registers of each vCPU, found in device state that a description explains."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagefs.formats import open_capture
-from imagefs.formats.qemu_cpu import find_paging
+from imagefs.formats.qemu_cpu import find_vcpus
 from imagefs.image.capture import BytesSource
-from imagefs.image.pagetables import PagingState
+from imagefs.image.vcpu import Mode, VcpuState
 from tests.unit.streams import Options, Record, build, page_of
 
 GENUINE = Path(__file__).resolve().parents[3] / "shared" / "data" / "qemu-7.2-pc-256m.migration.zst"
@@ -54,6 +54,16 @@ class Structure:
     def buffer(self, name: str, data: bytes) -> Structure:
         self.data += data
         self.fields.append({"name": name, "type": "buffer", "size": len(data)})
+        return self
+
+    def structures(self, name: str, elements: Sequence[Structure], indexed: bool = False) -> Structure:
+        """An array of structures: one field, or, as where their descriptions differ, a field for each."""
+        shape = elements[0].described
+        for number, element in enumerate(elements):
+            self.data += element.data
+            kind = {"index": number} if indexed else {"array_len": len(elements)}
+            if indexed or not number:
+                self.fields.append({"name": name, **kind, "type": "struct", "struct": shape, "size": len(element.data)})
         return self
 
     def structure(self, other: Structure, count: int = 1, index: int | None = None) -> Structure:
@@ -107,8 +117,8 @@ class State:
     def description(self) -> dict[str, Any]:
         return {"page_size": 4096, "devices": self.devices}
 
-    def find(self, end: bytes = b"\0") -> list[PagingState]:
-        return find_paging(Strict(self.data + end), self.start, self.description)
+    def find(self, end: bytes = b"\0") -> list[VcpuState]:
+        return find_vcpus(Strict(self.data + end), self.start, self.description)
 
 
 class Strict(BytesSource):
@@ -119,22 +129,49 @@ class Strict(BytesSource):
         return super().read_at(offset, length)
 
 
-def cpu(paging: PagingState, width: int = 8) -> Structure:
+def cpu(vcpu: VcpuState, width: int = 8, indexed: bool = False) -> Structure:
     """As target/i386/machine.c has it, in short. qemu-system-i386 has 32-bit registers and no EFER."""
-    segment = Structure("segment").scalar("selector", 16, 4).scalar("base", 0xFFFF, width)
-    content = Structure("cpu", 12).array("env.regs", range(8), width).scalar("env.eip", 0x04040404, width)
-    content.structure(Structure("env.segs").structure(segment), count=6).structure(segment)
-    content.scalar("env.cr[0]", paging.cr0, width).scalar("env.cr[2]", 0x7EEF, width)
-    content.scalar("env.cr[3]", paging.cr3, width).scalar("env.cr[4]", paging.cr4, width)
+
+    def segment(selector: int, base: int, flags: int = 0x93 << 8) -> Structure:
+        content = Structure("segment").scalar("selector", selector, 4).scalar("base", base, width)
+        return content.scalar("limit", 0xFFFF, 4).scalar("flags", flags, 4)
+
+    names = ("cr0", "cr3", "cr4", "rip", "rsp", "cs", "gdt_base", "idt_base")
+    cr0, cr3, cr4, rip, rsp, cs, gdt, idt = (getattr(vcpu, name) for name in names)
+    content = Structure("cpu", 12).array("env.regs", [0xAA, 0xCC, 0xDD, 0xBB, rsp, 0xEE, 6, 7], width)
+    content.scalar("env.eip", rip, width).scalar("env.hflags", 0x40000, 4)
+    segments = [segment(0x18 + number, number) for number in range(6)]
+    segments[1] = segment(cs, 0, 0x9B << 8 | (vcpu.mode == "long") << 21)
+    content.structures("env.segs", segments, indexed)
+    for name, base in {"env.ldt": 0x1111, "env.tr": 0x2222, "env.gdt": gdt, "env.idt": idt}.items():
+        content.structures(name, [segment(0, base)])
+        del content.fields[-1]["array_len"]
+    content.scalar("env.cr[0]", cr0, width).scalar("env.cr[2]", 0x7EEF, width)
+    content.scalar("env.cr[3]", cr3, width).scalar("env.cr[4]", cr4, width)
     content.array("env.dr", [0x7E] * 8, width).scalar("env.a20_mask", 0xFFFFFFFF, 4)
     if width == 8:
-        content.scalar("env.efer", paging.efer)
+        content.scalar("env.efer", vcpu.efer or 0)
     content.subsection(Structure("cpu/poll_control_msr").scalar("env.poll_control_msr", 1))
     nested = Structure("cpu/nested_state").subsection(Structure("cpu/nested_state/inner", 3).array("x", [1, 2], 2))
     return content.subsection(nested)
 
 
-PAGING = [PagingState(0x80050033, 0x2870000 + 0x1000 * n, 0x6B0, 0xD01) for n in range(4)]
+def kernel(
+    number: int = 0,
+    *,
+    cr0: int = 0x80050033,
+    cr3: int = 0x2870000,
+    cr4: int = 0x6B0,
+    efer: int | None = 0xD01,
+    mode: Mode = "long",
+) -> VcpuState:
+    """A vCPU in Linux' idle loop."""
+    shift = 1 << 40 if efer is not None else 0
+    addresses = (0x0404_0404 + shift + number, 0x0505_0000 + shift, 0x10, 0x0606_0000 + shift, 0x0707_0000)
+    return VcpuState(cr0, cr3 + 0x1000 * number, cr4, efer, *addresses, mode)
+
+
+PAGING = [kernel(number) for number in range(4)]
 
 
 def machine(footers: bool = True, vcpus: int = 3) -> State:
@@ -163,8 +200,32 @@ def test_vcpu_is_plugged_in_last() -> None:
 
 
 def test_32_bit_qemu() -> None:
-    paging = PagingState(0x80000011, 0x1000, 0x90, 0)
-    assert State().add("cpu", cpu(paging, width=4)).find() == [paging]
+    vcpu = kernel(cr0=0x80000011, cr3=0x1000, cr4=0x90, efer=None, mode="protected")
+    assert State().add("cpu", cpu(vcpu, width=4)).find() == [vcpu]
+    assert vcpu.levels == 2
+
+
+@pytest.mark.parametrize(
+    ("vcpu", "levels"),
+    [
+        (kernel(cr0=0x60000010, cr3=0, cr4=0, efer=0, mode="real"), 0),
+        (kernel(cr0=0x60000011, cr4=0, efer=0, mode="protected"), 0),
+        (kernel(efer=0x900, mode="protected"), 3),
+        (kernel(efer=0xD00, mode="compatibility"), 4),
+        (kernel(cr4=0x16B0), 5),
+    ],
+)
+@pytest.mark.parametrize("indexed", [True, False])
+def test_modes(vcpu: VcpuState, levels: int, indexed: bool) -> None:
+    assert State().add("cpu", cpu(vcpu, indexed=indexed)).find() == [vcpu]
+    assert vcpu.levels == levels
+
+
+def test_a_vcpu_without_some_of_the_registers() -> None:
+    content = Structure("cpu", 12).scalar("env.cr[0]", 0x80050033).scalar("env.cr[3]", 0x5000)
+    assert State().add("cpu", content).find() == []
+    content.scalar("env.cr[4]", 0x6B0)
+    assert State().add("cpu", content).find() == [VcpuState(0x80050033, 0x5000, 0x6B0, mode="protected")]
 
 
 def test_other_architectures() -> None:
@@ -258,7 +319,7 @@ def test_any_description(data: st.DataObject) -> None:
             continue
         place[key] = data.draw(JSON)
         break
-    found = find_paging(Strict(state.data + b"\0"), state.start, description)
+    found = find_vcpus(Strict(state.data + b"\0"), state.start, description)
     assert len(found) <= 4
 
 
@@ -268,7 +329,7 @@ def test_deep_description() -> None:
         deep = {"vmsd_name": "x", "fields": [], "subsections": [deep]}
     description: Mapping[str, Any] = {"devices": [{"name": "cpu", "instance_id": 0, **deep}]}
     state = b"\x04\0\0\0\1\3cpu" + bytes(8)
-    assert find_paging(Strict(state), 0, description) == []
+    assert find_vcpus(Strict(state), 0, description) == []
 
 
 @pytest.mark.parametrize("described", [True, False])
@@ -279,7 +340,7 @@ def test_page_tables_of_a_stream(described: bool, tmp_path: Path) -> None:
     pages += [
         Record("page", "pc.ram", page, (after << 12 | 1).to_bytes(8, "little") * 512) for page, after in tables.items()
     ]
-    content = cpu(PagingState(0x80050033, 0x5000, 0x6B0, 0xD01))
+    content = cpu(kernel(cr3=0x5000))
     content.version = 1
     built = build([pages], Options(devices=[("cpu", 0, content.data)], description=False))
     data = built.data
@@ -302,11 +363,10 @@ def test_genuine_stream(tmp_path: Path) -> None:
         zstandard.ZstdDecompressor().stream_reader(packed) as stream,
         open_capture(stream, spool_dir=tmp_path) as capture,
     ):
-        description = json.loads(capture.config["qemu-vmdesc.json"])
-        state = bytes(capture.state.read_at(0, capture.state.size))
-        (start,) = (match.start() for match in re.finditer(rb"\x04[\x00-\xff]{4}\x05timer\0{7}\x02", state))
-        paging = find_paging(capture.state, start, description)
-        assert paging == [PagingState(0x80050033, 0x2870000, 0x6B0, 0xD01)]
+        (vcpu,) = capture.vcpus
+        assert (vcpu.cr0, vcpu.cr3, vcpu.cr4, vcpu.efer) == (0x80050033, 0x2870000, 0x6B0, 0xD01)
+        assert (vcpu.rip, vcpu.rsp, vcpu.cs, vcpu.mode) == (0xFFFFFFFF9BA17A0B, 0xFFFFFFFF9CA03E98, 0x10, "long")
+        assert (vcpu.gdt_base, vcpu.idt_base) == (0xFFFFFE0000001000, 0xFFFFFE0000000000)
         kinds: Counter[str] = Counter()
         for run in capture.essential:
             kinds[run.kind] += run.count

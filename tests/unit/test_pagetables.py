@@ -17,7 +17,8 @@ from imagefs.image.chunks import Codec
 from imagefs.image.fields import canonical_json
 from imagefs.image.geometry import PAGE_SIZE, Geometry, Region, flat_geometry
 from imagefs.image.metadata import MAX_DOCUMENT_SIZE
-from imagefs.image.pagetables import MAX_FRAMES, PagingState, walk
+from imagefs.image.pagetables import MAX_FRAMES, walk
+from imagefs.image.vcpu import VcpuState
 
 PRESENT, WRITABLE, USER, LARGE = 0x01, 0x02, 0x04, 0x80
 NO_EXECUTE = 1 << 63
@@ -29,10 +30,10 @@ LMA = 1 << 10
 ABOVE = 4 << 30
 
 
-def paging(levels: int, root: int) -> PagingState:
+def paging(levels: int, root: int) -> VcpuState:
     """As firmware and kernels set the registers; ``root`` may have CR3's low bits too."""
     cr4 = {0: 0, 2: PSE, 3: PAE, 4: PAE | PSE, 5: PAE | LA57}[levels]
-    return PagingState(PE | (PG if levels else 0), root, cr4, (LMA | 0x901) if levels >= 4 else 0)
+    return VcpuState(PE | (PG if levels else 0), root, cr4, (LMA | 0x901) if levels >= 4 else 0)
 
 
 class Ram:
@@ -61,7 +62,7 @@ class Ram:
         at = self.page(table) * PAGE_SIZE + table % PAGE_SIZE + index * width
         return int.from_bytes(self.data[at : at + width], "little")
 
-    def walk(self, *states: PagingState, limit: int = MAX_FRAMES) -> dict[int, str]:
+    def walk(self, *states: VcpuState, limit: int = MAX_FRAMES) -> dict[int, str]:
         return by_page(walk(BytesSource(bytes(self.data)), self.geometry, states, limit=limit))
 
 
@@ -103,6 +104,7 @@ class Mapper:
             table = self.ram.get(table, index, width) & (0xFFFF_F000 if width == 4 else 0x000F_FFFF_FFFF_F000)
 
 
+@pytest.mark.expect_log("1 of the guest's page tables are not in its RAM and passed over: the first at 0xfee00000")
 @pytest.mark.parametrize("levels", [2, 3, 4, 5])
 def test_tables_of_a_guest(levels: int, rng: random.Random) -> None:
     """Exactly the frames that hold tables, wherever they are; large pages, swapped-out pages and devices are none."""
@@ -150,8 +152,8 @@ def test_flags_beside_the_address() -> None:
 def test_large_pages_of_32_bits_need_pse() -> None:
     ram = Ram(32)
     ram.set(0x1000, 0, 0x2000 | PRESENT | LARGE, 4)
-    with_pse = PagingState(PG | PE, 0x1000, PSE, 0)
-    without = PagingState(PG | PE, 0x1000, 0, 0)
+    with_pse = VcpuState(PG | PE, 0x1000, PSE, 0)
+    without = VcpuState(PG | PE, 0x1000, 0, 0)
     assert ram.walk(with_pse) == {1: "pd"}
     assert ram.walk(without) == {1: "pd", 2: "pt"}
 
@@ -197,6 +199,7 @@ def test_no_paging() -> None:
     assert ram.walk() == ram.walk(paging(0, 0)) == {}
 
 
+@pytest.mark.expect_log("1 of the guest's page tables are not in its RAM")
 @pytest.mark.parametrize("levels", [2, 3, 4, 5])
 @pytest.mark.parametrize("root", [0x0010_0000, 0xFFFF_F000, 0xF_FFFF_FFFF_F000])
 def test_root_outside_ram(levels: int, root: int) -> None:
@@ -266,6 +269,7 @@ def oracle(ram: Ram, levels: int, root: int) -> dict[int, str]:
 FLAGS = st.sampled_from([0, PRESENT, PRESENT, PRESENT | USER, PRESENT | LARGE, PRESENT | NO_EXECUTE])
 
 
+@pytest.mark.expect_log("not in its RAM", "ends at")
 @given(st.data(), st.sampled_from([2, 3, 4, 5]))
 def test_any_tables(data: st.DataObject, levels: int) -> None:
     """Loops, self-references, frames in many roles, frames outside RAM: what the naive walk finds, and no more."""
@@ -302,11 +306,12 @@ def test_any_tables(data: st.DataObject, levels: int) -> None:
         assert min(KINDS.index(kind) for kind in some.values()) >= max(left)
 
 
+@pytest.mark.expect_log("not in its RAM")
 @given(st.binary(min_size=0, max_size=64), st.lists(st.integers(0, 2**64 - 1), min_size=4, max_size=4))
 def test_any_bytes(seed: bytes, registers: list[int]) -> None:
     data = random.Random(seed).randbytes(4 * PAGE_SIZE)
     cr0, cr3, cr4, efer = registers
-    states = [PagingState(cr0, cr3, cr4, efer), PagingState(cr0 | PG, cr3 & 0x3FFF, cr4, efer)]
+    states = [VcpuState(cr0, cr3, cr4, efer), VcpuState(cr0 | PG, cr3 & 0x3FFF, cr4, efer)]
     found = by_page(walk(BytesSource(data), flat_geometry(len(data)), states))
     assert all(0 <= page < 4 for page in found)
 
@@ -350,6 +355,7 @@ def test_page_tables_proper_are_not_read() -> None:
     assert sorted(source.reads) == [0, 1, 1, 2, 3]
 
 
+@pytest.mark.expect_log("ends at 600 frames")
 def test_limit(caplog: pytest.LogCaptureFixture) -> None:
     """Every frame is a table full of tables: the walk ends after so many frames, and says so."""
     pages = 1024
@@ -363,7 +369,7 @@ def test_limit(caplog: pytest.LogCaptureFixture) -> None:
     assert len(found) == 600
     assert len(source.reads) <= 602
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("INFO", "the walk of the guest's page tables ends at 600 frames")
+        ("WARNING", "the walk of the guest's page tables ends at 600 frames")
     ]
     source.reads.clear()
     caplog.clear()

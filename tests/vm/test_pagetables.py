@@ -6,7 +6,6 @@ what was found beyond these frames must be tables that lead nowhere yet, or the 
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from support.guest import build_guest
 from support.vm import Vm
 
 from imagefs.formats import open_capture
-from imagefs.formats.qemu_cpu import find_paging
 from imagefs.image.capture import Capture
 from imagefs.image.geometry import PAGE_SIZE
-from imagefs.image.pagetables import PagingState
+from imagefs.image.vcpu import VcpuState
 from imagefs.restore.suspend import suspended
 
 VCPUS = 2
@@ -34,7 +32,7 @@ KINDS = ("", "pt", "pd", "pdpt", "pml4", "pml5")
 class Seen:
     """What QEMU's monitor says of a stopped guest."""
 
-    paging: list[PagingState]
+    vcpus: list[VcpuState]
     mappings: list[dict[int, int]]
     """Of each vCPU: guest-physical by guest-virtual address."""
 
@@ -43,14 +41,31 @@ def look(vm: Vm) -> Seen:
     def ask(command: str, vcpu: int) -> str:
         return str(vm.qmp.execute("human-monitor-command", {"command-line": command, "cpu-index": vcpu}))
 
-    paging = []
-    for vcpu in range(VCPUS):
-        values = dict(re.findall(r"\b(CR0|CR3|CR4|EFER)=([0-9a-f]+)", ask("info registers", vcpu)))
-        paging.append(PagingState(*(int(values[name], 16) for name in ("CR0", "CR3", "CR4", "EFER"))))
+    vcpus = [registers(ask("info registers", vcpu)) for vcpu in range(VCPUS)]
     lines = [
         re.findall(r"^([0-9a-f]{16}): ([0-9a-f]{16}) ", ask("info tlb", vcpu), re.MULTILINE) for vcpu in range(VCPUS)
     ]
-    return Seen(paging, [{int(at, 16): int(to, 16) for at, to in found} for found in lines])
+    return Seen(vcpus, [{int(at, 16): int(to, 16) for at, to in found} for found in lines])
+
+
+def registers(text: str) -> VcpuState:
+    """Out of ``info registers``, where a segment has its selector, base, limit, flags and kind."""
+    values = {name: int(value, 16) for name, value in re.findall(r"\b(\w+) *=([0-9a-f]+)", text)}
+    bases = {name: int(base, 16) for name, base in re.findall(r"^(GDT|IDT)= +([0-9a-f]+)", text, re.MULTILINE)}
+    ((selector, kind),) = re.findall(r"^CS =([0-9a-f]{4}) .* (\w+) \[", text, re.MULTILINE)
+    assert kind == "CS64"
+    return VcpuState(
+        cr0=values["CR0"],
+        cr3=values["CR3"],
+        cr4=values["CR4"],
+        efer=values["EFER"],
+        rip=values["RIP"],
+        rsp=values["RSP"],
+        cs=int(selector, 16),
+        gdt_base=bases["GDT"],
+        idt_base=bases["IDT"],
+        mode="long",
+    )
 
 
 class Tables:
@@ -67,9 +82,9 @@ class Tables:
     def entries(self, page: int) -> list[int]:
         return list(struct.unpack("<512Q", self.capture.memory.read_at(page * PAGE_SIZE, PAGE_SIZE)))
 
-    def translate(self, paging: PagingState, virtual: int) -> int:
-        address = paging.cr3 & ADDRESS
-        for level in range(paging.levels, 0, -1):
+    def translate(self, vcpu: VcpuState, virtual: int) -> int:
+        address = root_of(vcpu)
+        for level in range(vcpu.levels, 0, -1):
             page = self.page(address)
             assert page is not None
             assert self.kinds.get(page) == KINDS[level], f"{KINDS[level]} at {address:#x} for {virtual:#x}"
@@ -112,26 +127,22 @@ def test_tables_of_linux(options: dict[str, Any], append: str, levels: int, tmp_
             check(seen, capture, levels, isolated=bool(append))
 
 
-def registers(capture: Capture) -> list[PagingState]:
-    """As the device state has them."""
-    description = json.loads(capture.config["qemu-vmdesc.json"])
-    first = description["devices"][0]["name"].encode()
-    state = bytes(capture.state.read_at(0, capture.state.size))
-    (start,) = (found.start() for found in re.finditer(rb"\x04[\x00-\xff]{4}%c%b\0{4}" % (len(first), first), state))
-    return find_paging(capture.state, start, description)
+def root_of(vcpu: VcpuState) -> int:
+    assert vcpu.cr3 is not None
+    return vcpu.cr3 & ADDRESS
 
 
 def check(seen: Seen, capture: Capture, levels: int, isolated: bool) -> None:
-    assert registers(capture) == seen.paging
+    assert list(capture.vcpus) == seen.vcpus
     tables = Tables(capture)
-    assert {paging.levels for paging in seen.paging} == {levels}
-    for paging, mappings in zip(seen.paging, seen.mappings, strict=True):
+    assert {vcpu.levels for vcpu in seen.vcpus} == {levels}
+    for vcpu, mappings in zip(seen.vcpus, seen.mappings, strict=True):
         assert len(mappings) > 1000
         for virtual, physical in mappings.items():
-            assert tables.translate(paging, virtual) == physical
+            assert tables.translate(vcpu, virtual) == physical
     *_, last = capture.geometry.regions
     assert any(page >= last.offset // PAGE_SIZE for page in tables.used)
-    roots = {tables.page(paging.cr3 & ADDRESS) for paging in seen.paging}
+    roots = {tables.page(root_of(vcpu)) for vcpu in seen.vcpus}
     # Even where one vCPU is in the kernel and another in user mode, and both of a pair are roots.
     assert any(root is not None and tables.kinds.get(root ^ 1) == KINDS[levels] for root in roots) == isolated
     twins = {page for page, kind in tables.kinds.items() if kind == KINDS[levels]} - roots
