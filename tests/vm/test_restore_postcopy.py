@@ -18,6 +18,7 @@ from support.guest import Guest
 from support.link import Link
 from support.mounts import mounted
 from support.nginx import Nginx
+from support.qemu_versions import backports_qemu
 from support.vm import PATIENCE, QEMU, Vm
 
 from tests.vm.conftest import EXIT_DEVICE, MEMORY_MIB, SavedVm
@@ -66,6 +67,12 @@ def two(guest: Guest, imagefs: list[str], tmp_path_factory: pytest.TempPathFacto
     return stored(guest, imagefs, tmp_path_factory.mktemp("two"), machine="q35", smp=2, backend="memfd")
 
 
+@pytest.fixture(scope="session")
+def newer(guest: Guest, imagefs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """One vCPU, Q35, on the QEMU of Debian's backports."""
+    return stored(guest, imagefs, tmp_path_factory.mktemp("newer"), machine="q35", qemu=str(backports_qemu()))
+
+
 @pytest.fixture
 def link(request: pytest.FixtureRequest) -> Iterator[Link]:
     """A slow one, to the store that the test's fixture ``saved`` is in."""
@@ -74,7 +81,7 @@ def link(request: pytest.FixtureRequest) -> Iterator[Link]:
         yield slow
 
 
-@pytest.fixture(params=["one", "two"])
+@pytest.fixture(params=["one", "two", "newer"])
 def saved(request: pytest.FixtureRequest) -> Stored:
     found: Stored = request.getfixturevalue(request.param)
     return found
