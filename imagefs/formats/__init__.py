@@ -1,6 +1,7 @@
 """Other programs' memory images, read in one pass into a :class:`~imagefs.image.capture.Capture`.
 
-Each format is a module with an object ``FORMAT`` (:class:`~imagefs.formats.base.Format`), listed in ``FORMATS``.
+Each format is a module with an object ``FORMAT`` (:class:`~imagefs.formats.base.Format`), listed in ``FORMATS``. Its
+samples, in ``tests/unit/samples_NAME.py``, take part in the tests of damaged input and in the fuzzing of all formats.
 """
 
 from __future__ import annotations
