@@ -48,7 +48,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         ("metadata", f"{size_text(facts['metadata_bytes'])}, fetched at mount"),
         ("chunks", f"{facts['chunk_pages']} pages of {facts['page_size']} bytes"),
         ("state", size_text(facts["state_bytes"])),
-        ("native file", size_text(facts["native_bytes"])),
+        _native_row(facts),
         ("config", ", ".join(facts["config"]) or "none"),
         ("page tables", f"{tables} frames" if tables else "not known"),
         ("restore", _restore_text(restore)),
@@ -56,7 +56,13 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     for r in facts["regions"]:
         place = f"at guest-physical {r['guest_address']:#x}, in memory at {r['offset']:#x}"
         rows.append(("region", f"{r['name']}: {size_text(r['size'])} {place}"))
-    return [f"{label + ':':13}{printable(value)}" for label, value in rows]
+    return [f"{label + ':':14}{printable(value)}" for label, value in rows]
+
+
+def _native_row(facts: dict[str, Any]) -> tuple[str, str]:
+    size = size_text(facts["native_bytes"])
+    files = facts.get("native_files")
+    return ("native files", f"{len(files)} files, {size}") if files else ("native file", size)
 
 
 def _restore_text(restore: dict[str, Any]) -> str:

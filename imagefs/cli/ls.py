@@ -47,12 +47,17 @@ def _files(reader: ImageReader) -> Iterator[str]:
     sizes = {
         MEMORY: streams[MEMORY].size,
         STATE: streams[STATE].size,
-        "native": reader.image.metadata.checked.native_bytes,
+        **_native(reader.image.metadata),
         **{name: stream.size for name, stream in streams.items() if name.startswith(CONFIG_PREFIX)},
     }
     width = max(len(str(size)) for size in sizes.values())
     for name, size in sizes.items():
         yield f"{size:{width}} {printable(name)}"
+
+
+def _native(metadata: Metadata) -> dict[str, int]:
+    files = metadata.checked.native_files
+    return {f"native/{f.path}": f.size for f in files} if files else {"native": metadata.checked.native_bytes}
 
 
 def _frames_of_kind(metadata: Metadata, kind: str) -> Iterator[str]:

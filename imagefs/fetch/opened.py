@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -27,6 +27,7 @@ from imagefs.fetch.view import PageInfo
 from imagefs.image.chunks import Codec
 from imagefs.image.geometry import PAGE_SIZE, Geometry
 from imagefs.image.index import BlockRef, ChunkRef, IndexBlock, NeedBlock
+from imagefs.image.native_files import NativeFile
 from imagefs.image.streams import MEMORY
 from imagefs.store.base import Store
 from imagefs.store.location import open_store, parse_location
@@ -80,7 +81,11 @@ class OpenedImage:
 
     @property
     def native_size(self) -> int:
-        return int(self.document["native_bytes"])
+        return self._image.metadata.checked.native_bytes
+
+    @property
+    def native_files(self) -> Sequence[NativeFile]:
+        return self._image.metadata.checked.native_files
 
     @property
     def streams(self) -> Mapping[str, int]:

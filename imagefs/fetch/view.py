@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from imagefs.image.geometry import Geometry
+from imagefs.image.native_files import NativeFile
 from imagefs.image.streams import (
     CONFIG_PREFIX,
     MEMORY,
@@ -102,6 +103,10 @@ class ImageView(Protocol):
     @property
     def native_size(self) -> int:
         """Bytes of the file that was split."""
+
+    @property
+    def native_files(self) -> Sequence[NativeFile]:
+        """The files that the native stream holds end to end; empty where it is one file."""
 
     @property
     def streams(self) -> Mapping[str, int]:

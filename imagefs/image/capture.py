@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from imagefs.image.geometry import Geometry
 from imagefs.image.native import NativeTemplate
+from imagefs.image.native_files import NativeFile
 from imagefs.image.vcpu import VcpuState
 
 
@@ -86,3 +87,5 @@ class Capture:
     """Page-table frames; they travel with the metadata. A reader leaves this empty, unless its source says itself which
     pages are page tables (as Xen's streams of PV guests do): otherwise they are found from ``vcpus``, see
     :mod:`imagefs.formats.structure`."""
+    native_files: tuple[NativeFile, ...] = ()
+    """The files that ``native`` holds end to end, where a directory was split; empty where it is one file."""

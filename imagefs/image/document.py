@@ -15,6 +15,7 @@ from typing import Any
 from imagefs.image.capture import PageKind
 from imagefs.image.fields import Fields, is_integer
 from imagefs.image.geometry import PAGE_SIZE, Geometry, Region
+from imagefs.image.native_files import NativeFile, check_files
 from imagefs.image.vcpu import VcpuState, parse_vcpus
 
 _KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
@@ -31,6 +32,8 @@ class Document:
     state_bytes: int
     native_bytes: int
     config: list[str]
+    native_files: tuple[NativeFile, ...]
+    """Empty where ``native`` is one file."""
 
 
 def parse_document(text: bytes, *, key: str, origin: str) -> Document:
@@ -53,6 +56,7 @@ def parse_document(text: bytes, *, key: str, origin: str) -> Document:
         fields.integer("state_bytes"),
         fields.integer("native_bytes"),
         _config(fields),
+        _native_files(fields),
     )
 
 
@@ -84,3 +88,17 @@ def _config(fields: Fields) -> list[str]:
     if not all(isinstance(name, str) for name in names) or any(a >= b for a, b in pairwise(names)):
         raise fields.bad("config", "not a sorted list of names")
     return names
+
+
+def _native_files(fields: Fields) -> tuple[NativeFile, ...]:
+    name = "native_files"
+    if name not in fields.value:
+        return ()
+    files = tuple(NativeFile(f.text("path"), f.integer("size")) for f in fields.mappings(name))
+    if not files:
+        raise fields.bad(name, "an empty list says nothing: left out where the native file is one")
+    try:
+        check_files(files, fields.integer("native_bytes"))
+    except ValueError as error:
+        raise fields.bad(name, error) from error
+    return files

@@ -17,6 +17,7 @@ from imagefs.image.fields import Fields, canonical_json
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.index import MAX_BLOCK_SIZE, BlockRef, PayloadRef, StreamRef, root_level
 from imagefs.image.native import ENTRY_SIZE, EXCEPTION_SIZE
+from imagefs.image.native_files import is_file_name
 from imagefs.image.packs import MAX_PACK_SIZE
 from imagefs.image.streams import (
     CONFIG_PREFIX,
@@ -31,7 +32,6 @@ VERSION = 1
 MAX_MANIFEST_SIZE = 1 << 20
 MAX_NAME_SIZE = 4096
 MAX_METADATA_SIZE = 1 << 20
-MAX_FILE_NAME = 255
 """Bytes of the name of a file below ``config/``: what Linux allows."""
 
 
@@ -165,15 +165,6 @@ def _decode_stream(fields: Fields, chunk_pages: int) -> StreamRef:
     if not 0 < place.length <= MAX_BLOCK_SIZE:
         raise root.bad("length", f"{place.length} bytes are no index block")
     return StreamRef(size, BlockRef(root.digest("digest"), place, root_level(windows), windows))
-
-
-def is_file_name(name: str) -> bool:
-    """Whether there can be a file ``config/NAME``."""
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        return False
-    return name not in ("", ".", "..") and not {"/", "\0"} & set(name) and size <= MAX_FILE_NAME
 
 
 def object_digest_ok(data: bytes, want: bytes) -> bool:

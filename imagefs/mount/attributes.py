@@ -64,16 +64,22 @@ class Attributes:
     def size(self, inode: int) -> int:
         """Bytes of a file."""
         match inode:
-            case tree.NATIVE:
-                return self._view.native_size
             case tree.METADATA:
                 return self._metadata_size
             case tree.PRESENT:
                 return -(-self._view.geometry.pages // 8)
             case tree.STATUS | tree.ARRIVALS | tree.TRACE:
                 return 0
+        if (native := self.native_span(inode)) is not None:
+            return native[1] - native[0]
         _, start, end = self.span(inode)
         return end - start
+
+    def native_span(self, inode: int) -> tuple[int, int] | None:
+        """The range of the native stream that a file shows, start and end; None for one that shows none of it."""
+        if inode == tree.NATIVE:
+            return 0, self._view.native_size
+        return self._tree.native.span(inode) if self._tree.native.has_file(inode) else None
 
     def span(self, inode: int) -> tuple[str, int, int]:
         """The range of a stream that a file shows: name, start, end. KeyError for a file that shows none."""

@@ -69,6 +69,7 @@ class ImageFilesystem(pyfuse3.Operations):
         self.tree = tree.Tree(
             view.geometry,
             [name.removeprefix(CONFIG_PREFIX) for name in view.streams if name.startswith(CONFIG_PREFIX)],
+            view.native_files,
         )
         self._view = view
         self._options = options
@@ -186,8 +187,11 @@ class ImageFilesystem(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         if fh >= FIRST_HANDLE:
             data = await self._open[fh].read(off, size)
-        elif fh in (tree.NATIVE, tree.METADATA, tree.PRESENT):
-            data = await self._read_generated(fh, off, size)
+        elif fh in (tree.METADATA, tree.PRESENT):
+            data = self._read_generated(fh, off, size)
+        elif (native := self._attributes.native_span(fh)) is not None:
+            start, end = native
+            data = await self._native.read(start + off, max(0, min(size, end - start - off)))
         else:
             stream, start, end = self._attributes.span(fh)
             start += off
@@ -232,15 +236,10 @@ class ImageFilesystem(pyfuse3.Operations):
 
     # --- helpers
 
-    async def _read_generated(self, fh: int, off: int, size: int) -> bytes:
+    def _read_generated(self, fh: int, off: int, size: int) -> bytes:
         if fh == tree.METADATA:
             return self._metadata[off : off + size]
-        wanted = max(0, min(size, self._attributes.size(fh) - off))
-        if fh == tree.PRESENT:
-            data = self._view.present_bitmap(off, wanted)
-        else:
-            data = await self._native.read(off, wanted)
-        return data
+        return self._view.present_bitmap(off, max(0, min(size, self._attributes.size(fh) - off)))
 
     def _control_file(self, inode: int) -> OpenFile:
         if inode == tree.ARRIVALS:
@@ -264,6 +263,8 @@ class ImageFilesystem(pyfuse3.Operations):
         if self.tree.is_frame(number):
             return f"{kind} of page {self.tree.page_of(number)}"
         names = {tree.MEMORY: "memory", tree.STATE: "state", tree.NATIVE: "native"}
+        if self.tree.native.has_file(number):
+            return f"{kind} of a file in native"
         name = names.get(number) or self.tree.config_name(number) or f"inode {number}"
         if kind != "read":
             return f"{kind} of {name}"

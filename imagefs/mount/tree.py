@@ -4,6 +4,8 @@
 |-------------:|---------------------------------------------------------------|
 | 1 … 12       | the fixed entries, see the constants                          |
 | 2**32 + i    | the i-th file of ``config/``, by name                         |
+| 2**33 + i    | the i-th file below ``native/``, where that is a directory    |
+| 2**34 + d    | a directory below ``native/``                                 |
 | 2**48 + d    | ``pages/0xDDDDD``, d being pfn >> 12                          |
 | 2**49 + pfn  | ``pages/0xDDDDD/0xPPPPPPP``                                   |
 
@@ -14,10 +16,12 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from imagefs.errors import MountError
 from imagefs.image.geometry import Geometry
+from imagefs.image.native_files import MAX_COMPONENT, NativeFile, is_file_name
+from imagefs.mount.native_tree import NativeTree
 
 ROOT, MEMORY, STATE, NATIVE, METADATA, CONFIG, PAGES, CONTROL, STATUS, ARRIVALS, TRACE, PRESENT = range(1, 13)
 
@@ -25,6 +29,8 @@ MADE_UP = frozenset((STATUS, ARRIVALS, TRACE))
 """Text that is made as it is read: no size, and never cached."""
 
 _CONFIG_FILE = 1 << 32
+_NATIVE_FILE = 1 << 33
+_NATIVE_DIRECTORY = 1 << 34
 _FRAME_DIRECTORY = 1 << 48
 _FRAME = 1 << 49
 _END = 1 << 50
@@ -33,7 +39,7 @@ MAX_FRAMES = 1 << 40
 """No machine has more than 52 bits of physical addresses."""
 FRAMES_SHIFT = 12
 """Frames of one directory, as a power of two."""
-MAX_NAME = 255
+MAX_NAME = MAX_COMPONENT
 
 _ROOT_ENTRIES = (
     (b"memory", MEMORY),
@@ -45,7 +51,6 @@ _ROOT_ENTRIES = (
     (b".imagefs", CONTROL),
 )
 _CONTROL_ENTRIES = ((b"status.json", STATUS), (b"arrivals", ARRIVALS), (b"trace", TRACE), (b"present", PRESENT))
-_DIRECTORIES = frozenset((ROOT, CONFIG, PAGES, CONTROL))
 
 _HEX_NAME = re.compile(rb"0x[0-9a-f]{5,12}")
 
@@ -56,8 +61,9 @@ Entry = tuple[bytes, int, int]
 class Tree:
     """What exists for one geometry. Times and memory depend on the number of regions, never on that of pages."""
 
-    def __init__(self, geometry: Geometry, config: Iterable[str] = ()) -> None:
+    def __init__(self, geometry: Geometry, config: Iterable[str] = (), native_files: Sequence[NativeFile] = ()) -> None:
         """``config`` are the names of the files below ``config/``; those that cannot be file names are left out.
+        ``native_files`` make a directory of ``native``.
 
         MountError where there are frames that no machine has.
         """
@@ -76,7 +82,9 @@ class Tree:
                 span = range(self._directories.pop().start, span.stop)
             self._directories.append(span)
         self._config = sorted(name.encode() for name in config if is_file_name(name))
+        self.native = NativeTree(native_files, NATIVE, _NATIVE_FILE, _NATIVE_DIRECTORY)
         self._fixed: dict[int, tuple[tuple[bytes, int], ...]] = {
+            **self.native.directories,
             ROOT: _ROOT_ENTRIES,
             CONTROL: _CONTROL_ENTRIES,
             CONFIG: tuple((name, _CONFIG_FILE + i) for i, name in enumerate(self._config)),
@@ -91,14 +99,16 @@ class Tree:
         """Whether an inode number names something."""
         if inode < _CONFIG_FILE:
             return ROOT <= inode <= PRESENT
-        if inode < _FRAME_DIRECTORY:
+        if inode < _NATIVE_FILE:
             return inode - _CONFIG_FILE < len(self._config)
+        if inode < _FRAME_DIRECTORY:
+            return self.native.has_file(inode) or inode in self.native.parents
         if inode < _FRAME:
             return self._has_directory(inode - _FRAME_DIRECTORY)
         return inode < _END and self._region_of(inode - _FRAME) is not None
 
     def is_directory(self, inode: int) -> bool:
-        return inode in _DIRECTORIES or _FRAME_DIRECTORY <= inode < _FRAME
+        return inode in self._fixed or inode == PAGES or _FRAME_DIRECTORY <= inode < _FRAME
 
     def is_frame(self, inode: int) -> bool:
         return _FRAME <= inode < _END
@@ -133,7 +143,7 @@ class Tree:
 
     def parent(self, directory: int) -> int:
         """Of a directory that exists."""
-        return PAGES if directory >= _FRAME_DIRECTORY else ROOT
+        return PAGES if directory >= _FRAME_DIRECTORY else self.native.parents.get(directory, ROOT)
 
     def list(self, directory: int, position: int = 0) -> Iterator[Entry]:
         """Entries behind a position, lazily, ``.`` and ``..`` first. Positions are stable: nothing ever changes."""
@@ -177,12 +187,3 @@ def directory_name(number: int) -> bytes:
 def frame_name(pfn: int) -> bytes:
     """Seven hexadecimal digits at least."""
     return b"0x%07x" % pfn
-
-
-def is_file_name(name: str) -> bool:
-    """Whether a name out of an image can be shown as that of a file. Images come from elsewhere."""
-    try:
-        encoded = name.encode()
-    except UnicodeEncodeError:
-        return False
-    return name not in ("", ".", "..") and not {"/", "\0"} & set(name) and len(encoded) <= MAX_NAME

@@ -24,8 +24,9 @@ from imagefs.image.capture import ByteSource, BytesSource, Capture
 from imagefs.image.chunks import MAX_CHUNK_PAGES, Codec
 from imagefs.image.geometry import DEFAULT_CHUNK_PAGES, PAGE_SIZE
 from imagefs.image.index import PayloadRef
-from imagefs.image.manifest import MAX_MANIFEST_SIZE, MAX_NAME_SIZE, Manifest, Name, is_file_name
+from imagefs.image.manifest import MAX_MANIFEST_SIZE, MAX_NAME_SIZE, Manifest, Name
 from imagefs.image.metadata import encode_metadata
+from imagefs.image.native_files import check_files, is_file_name
 from imagefs.image.streams import (
     CONFIG_PREFIX,
     MEMORY,
@@ -206,6 +207,10 @@ def _sources(capture: Capture) -> dict[str, ByteSource]:
     for name in capture.config:
         if not is_file_name(name):
             raise UnsupportedInputError(f"{name!r} cannot be the name of a file", field="config")
+    try:
+        check_files(capture.native_files, native.size)
+    except ValueError as error:
+        raise UnsupportedInputError(str(error), field="native files") from error
     return {
         STATE: capture.state,
         **{CONFIG_PREFIX + name: BytesSource(data) for name, data in sorted(capture.config.items())},
@@ -219,7 +224,9 @@ def _sources(capture: Capture) -> dict[str, ByteSource]:
 
 def _document(capture: Capture) -> dict[str, Any]:
     """What the mount shows as metadata.json."""
+    several = [{"path": file.path, "size": file.size} for file in capture.native_files]
     return {
+        **({"native_files": several} if several else {}),
         "source": {"format": capture.source_format, "version": capture.source_version},
         "page_size": PAGE_SIZE,
         "memory_bytes": capture.memory.size,

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from imagefs.fetch.trace import TouchTrace
 from imagefs.fetch.view import PageInfo, Run
 from imagefs.image.geometry import PAGE_SIZE, Geometry, Region
 from imagefs.image.native import TemplateBuilder
+from imagefs.image.native_files import NativeFile
 from imagefs.image.streams import (
     MEMORY,
     NATIVE_ENTRIES,
@@ -131,6 +132,7 @@ class FakeImage:
         self.geometry = GEOMETRY
         self.document: Mapping[str, Any] = DOCUMENT
         self.native_size = len(native_bytes())
+        self.native_files: Sequence[NativeFile] = ()
         self.contents: dict[str, bytes] = {
             MEMORY: memory_bytes(),
             STATE: STATE_BYTES,

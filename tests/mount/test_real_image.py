@@ -11,7 +11,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from support.nginx import Nginx
 
 from imagefs.image.capture import PageKind
 from imagefs.image.geometry import PAGE_SIZE, Geometry, Region
+from imagefs.image.native_files import NativeFile, spans
 from imagefs.store.directory import DirectoryStore
 from imagefs.store.writer import write_image
 from tests.faults.images import RealImage, check_same, memory_of, requests_to, split, split_raw
@@ -90,10 +91,27 @@ def pc_image(directory: Path, store: Path) -> Shown:
     return Shown(RealImage(store, "pc", native, memory), geometry, state, config)
 
 
+def directory_image(directory: Path, store: Path) -> Shown:
+    """A native file that is several: their ends are in the middle of pages, and one has none of them."""
+    image = split_raw(directory, store, "files", memory_of(32, 8, ZERO_WINDOWS))
+    sizes = [0, 12_345, 3 * PAGE_SIZE, 1]
+    paths = ["empty", "dump/parent/pages-1.img", "dump/pages 2.img", "dump/inventory.img", "rest"]
+    sizes.append(len(image.memory) - sum(sizes))
+    files = tuple(map(NativeFile, paths, sizes))
+    with closing(DirectoryStore(store)) as directory_store:
+        write_image(directory_store, "files", replace(capture_of(image.memory), native_files=files))
+    native = directory / "files.native"
+    for file, (_, start, end) in zip(files, spans(files), strict=True):
+        (native / file.path).parent.mkdir(parents=True, exist_ok=True)
+        (native / file.path).write_bytes(image.memory[start:end])
+    geometry = Geometry((Region("ram", 0, len(image.memory), 0),))
+    return Shown(RealImage(store, "files", native, image.memory), geometry, b"", {})
+
+
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Shown]:
     directory = tmp_path_factory.mktemp("images")
-    makers = {"raw": raw_image, "qemu": qemu_image, "pc": pc_image}
+    makers = {"raw": raw_image, "qemu": qemu_image, "pc": pc_image, "files": directory_image}
     return {name: make(directory, directory / "store") for name, make in makers.items()}
 
 
@@ -193,6 +211,32 @@ def test_native_in_pieces(shown: dict[str, Shown], server: Nginx, mount: Mounter
             length = rng.choice([1, 100, PAGE_SIZE, 30_000])
             offset = rng.randrange(len(native))
             assert os.pread(file.fileno(), length, offset) == native[offset : offset + length], (offset, length)
+
+
+def test_native_that_is_a_directory(
+    shown: dict[str, Shown], server: Nginx, mount: Mounter, tmp_path: Path, rng: random.Random
+) -> None:
+    image = shown["files"].image
+    mounted = mount(f"{server.url}/files", "prefetch=none")
+    native = mounted.path / "native"
+    assert native.is_dir()
+    assert mounted.run("diff", "-r", "native", str(image.native)) == ""
+    mounted.run("cp", "-r", "native", str(tmp_path / "copied"))
+    assert mounted.run("diff", "-r", str(tmp_path / "copied"), str(image.native)) == ""
+    expected = (image.native / "rest").read_bytes()
+    with open(native / "rest", "rb", buffering=0) as file:
+        for _ in range(30):
+            offset, length = rng.randrange(len(expected)), rng.choice([1, PAGE_SIZE, 30_000])
+            assert os.pread(file.fileno(), length, offset) == expected[offset : offset + length], (offset, length)
+        assert os.pread(file.fileno(), 10, len(expected)) == b""
+    assert (native / "empty").read_bytes() == b""
+    for name in ("nothing", "dump/nothing", "empty/nothing"):
+        with pytest.raises((FileNotFoundError, NotADirectoryError)):
+            os.stat(native / name)
+    with pytest.raises(OSError, match="Read-only"):
+        (native / "new").touch()
+    with pytest.raises(IsADirectoryError):
+        native.read_bytes()
 
 
 def page_states(mounted: RealMount, pages: range) -> dict[int, str]:

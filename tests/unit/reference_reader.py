@@ -261,10 +261,34 @@ class ReferenceReader:
             need(vcpu.get("mode", "real") in ("real", "protected", "compatibility", "long"), "vcpus: mode")
             for name in {*["cr0", "cr3", "cr4", "efer", "rip", "rsp", "cs", "gdt_base", "idt_base"]} & set(vcpu):
                 need(re.fullmatch("0x(0|[1-9a-f][0-9a-f]{0,15})", str(vcpu[name])) is not None, f"vcpus: {name}")
+        if "native_files" in document:
+            self.check_native_files(document["native_files"])
         for item in document["page_tables"]:
             need(isinstance(item, list) and len(item) == 3, "page tables")
             need(0 < integer(item[1], "page tables") <= end // PAGE - integer(item[0], "page tables"), "page tables")
             need(isinstance(item[2], str) and re.fullmatch("[a-z][a-z0-9_-]{0,31}", item[2]) is not None, "page tables")
+
+    def check_native_files(self, files: object) -> None:
+        need(isinstance(files, list) and len(files) > 0, "native files")
+        assert isinstance(files, list)
+        paths, size = set(), 0
+        for file in files:
+            need(isinstance(file, dict) and isinstance(file.get("path"), str), "native files: path")
+            names = file["path"].encode(errors="replace").split(b"/")
+            need(len(file["path"].encode(errors="replace")) <= 4095, "native files: path")
+            need(
+                all(0 < len(n) <= 255 and n not in (b".", b"..") and b"\0" not in n for n in names),
+                "native files: path",
+            )
+            need(file["path"] not in paths, "native files: twice")
+            paths.add(file["path"])
+            size += integer(file.get("size"), "native files: size")
+        for path in paths:
+            steps = path.split("/")
+            need(
+                all("/".join(steps[:n]) not in paths for n in range(1, len(steps))), "native files: file and directory"
+            )
+        need(size == self.document["native_bytes"], "native files: sizes")
 
     def pfn(self, page: int) -> int:
         """The page frame number of a page of memory."""

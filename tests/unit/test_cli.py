@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import json
 import sys
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from imagefs.cli import main
+from imagefs.errors import UnsupportedInputError
 from imagefs.image.geometry import PAGE_SIZE
+from imagefs.image.native_files import NativeFile
 from imagefs.store.directory import DirectoryStore
-from tests.unit.captures import memory_of
+from imagefs.store.writer import write_image
+from tests.unit.captures import capture_of, memory_of
 
 MEMORY = memory_of(300, 21)
 
@@ -35,6 +40,27 @@ def test_info_ls_verify(image: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{len(MEMORY)} native" in capsys.readouterr().out
     assert main(["verify", image]) == 0
     assert "sound" in capsys.readouterr().out
+
+
+def test_info_and_ls_of_several_native_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = (NativeFile("a/b", PAGE_SIZE), NativeFile("c", len(MEMORY) - PAGE_SIZE))
+    with closing(DirectoryStore(tmp_path / "store", create=True)) as store:
+        write_image(store, "vm1", replace(capture_of(MEMORY), native_files=files))
+    image = str(tmp_path / "store" / "vm1")
+    assert main(["info", image]) == 0
+    assert "native files: 2 files, 1.2 MiB\n" in capsys.readouterr().out
+    assert main(["ls", image]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if "native" in line] == [[str(f.size), f"native/{f.path}"] for f in files]
+    assert main(["verify", image]) == 0
+
+
+def test_a_capture_whose_native_files_do_not_add_up(tmp_path: Path) -> None:
+    with closing(DirectoryStore(tmp_path / "store", create=True)) as store:
+        for file in (NativeFile("a", 1), NativeFile("../a", len(MEMORY))):
+            with pytest.raises(UnsupportedInputError, match="native files"):
+                write_image(store, "vm1", replace(capture_of(MEMORY), native_files=(file,)))
+        assert list(store.keys()) == []
 
 
 def test_ls_pages_says_which_are_zero(image: str, capsys: pytest.CaptureFixture[str]) -> None:

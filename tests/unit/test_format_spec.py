@@ -6,8 +6,9 @@ import random
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 
 from imagefs.errors import StoreError
 from imagefs.formats import open_capture
-from imagefs.image import chunks, fields, index, manifest, metadata, native, packs
+from imagefs.image import chunks, fields, index, manifest, metadata, native, native_files, packs
 from imagefs.image.capture import BytesSource, PageKind
 from imagefs.image.geometry import Geometry, Region, flat_geometry
 from imagefs.image.native import NativeTemplate, TemplateBuilder
+from imagefs.image.native_files import NativeFile
 from imagefs.image.native_reader import NativeReader
 from imagefs.store import advance, base, reader, writer
 from imagefs.store.directory import DirectoryStore
@@ -141,9 +143,14 @@ def test_both_readers_read_what_the_writer_writes(
         restore={"notes": ['\x00\x1f"\\/\x7f é 𝄞']},
         essential=(PageKind(low - 1, 1, "pml4"),),
     )
-    write(root, replace(capture, native=template), data.draw(st.sampled_from([8, 16, 64]), "chunk_pages"))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(file)), max_size=3), "ends of the native files"))
+    sizes = [end - start for start, end in pairwise([0, *cuts, len(file)])] if cuts else []
+    several = tuple(NativeFile(f"d{i // 2}/f{i}", size) for i, size in enumerate(sizes))
+    capture = replace(capture, native=template, native_files=several)
+    write(root, capture, data.draw(st.sampled_from([8, 16, 64]), "chunk_pages"))
     found = reference(root)
     assert found == own(root)
+    assert found["document"].get("native_files", []) == [asdict(file) for file in several]
     assert found["memory"] == memory
     assert found["state"] == state
     assert found["native"] == file
@@ -289,7 +296,7 @@ def test_limits_are_those_of_the_page() -> None:
     assert (manifest.MAX_NAME_SIZE, manifest.MAX_MANIFEST_SIZE, manifest.MAX_METADATA_SIZE) == (4096, 1 << 20, 1 << 20)
     assert (metadata.MAX_DOCUMENT_SIZE, chunks.MAX_CHUNK_PAGES, reader.MAX_PAYLOAD) == (4 << 20, 1024, 65 << 16)
     assert (native.MAX_LITERAL, base.MAX_KEY_LENGTH, advance.ADVANCE_LIMIT) == (1 << 30, 1024, 384 << 10)
-    assert (native.MAX_PREFIX, metadata.MAX_PAGES, manifest.MAX_FILE_NAME) == (1 << 16, 4096, 255)
+    assert (native.MAX_PREFIX, metadata.MAX_PAGES, native_files.MAX_COMPONENT) == (1 << 16, 4096, 255)
     for said in (
         "103 504 bytes",
         "16384 payloads",

@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 
 from imagefs.errors import MountError
 from imagefs.image.geometry import PAGE_SIZE, Geometry, Region, flat_geometry
+from imagefs.image.native_files import NativeFile
 from imagefs.mount import tree
 from imagefs.mount.tree import Tree
+
+NATIVE_FILES = [
+    NativeFile("b", 10),
+    NativeFile("a/z", 0),
+    NativeFile("a/parent/c", 5),
+    NativeFile("\N{SNOWMAN}/d", 1),
+    NativeFile("a/parent/e", 7),
+]
 
 
 @st.composite
@@ -91,9 +100,11 @@ def test_listing_goes_on_from_any_position(geometry: Geometry, data: st.DataObje
     assert list(names.list(directory, positions[cut])) == whole[cut + 1 :]
 
 
-@given(geometries(), st.integers(0, 1 << 51))
+@given(
+    geometries(), st.integers(0, 1 << 51) | st.integers(1 << 33, (1 << 33) + 9) | st.integers(1 << 34, (1 << 34) + 9)
+)
 def test_only_what_is_listed_exists(geometry: Geometry, inode: int) -> None:
-    names = Tree(geometry)
+    names = Tree(geometry, native_files=NATIVE_FILES)
     if names.exists(inode):
         assert inode in (tree.ROOT, *walk(names).values())
 
@@ -106,6 +117,42 @@ def test_config_names_come_from_elsewhere() -> None:
     assert inode is not None
     assert names.config_name(inode) == "z"
     assert names.config_name(tree.MEMORY) is None
+
+
+def test_native_is_a_directory_where_there_are_several_files() -> None:
+    names = Tree(flat_geometry(PAGE_SIZE), ["b"], NATIVE_FILES)
+    found = {path: inode for path, inode in walk(names).items() if path.startswith("native/")}
+    directories = {path for path, inode in found.items() if names.is_directory(inode)}
+    assert names.is_directory(tree.NATIVE)
+    assert directories == {"native/a", "native/a/parent", "native/\N{SNOWMAN}"}
+    assert set(found) - directories == {f"native/{file.path}" for file in NATIVE_FILES}
+    spans = {path.removeprefix("native/"): names.native.span(found[path]) for path in set(found) - directories}
+    assert spans == {
+        "b": (0, 10),
+        "a/z": (10, 10),
+        "a/parent/c": (10, 15),
+        "\N{SNOWMAN}/d": (15, 16),
+        "a/parent/e": (16, 23),
+    }
+    parent = found["native/a/parent"]
+    assert names.parent(parent) == found["native/a"]
+    assert names.parent(found["native/a"]) == tree.NATIVE
+    assert names.parent(tree.NATIVE) == tree.ROOT
+    assert next(entry for entry in names.list(parent) if entry[0] == b"..")[1] == found["native/a"]
+    assert names.lookup(parent, b"c") == found["native/a/parent/c"]
+    assert names.lookup(parent, b"z") is None
+    assert names.lookup(found["native/b"], b"c") is None
+    for inode in found.values():
+        assert names.exists(inode)
+    for inode in (max(found.values()) + 1, found["native/b"] + len(NATIVE_FILES), found["native/b"] - 1):
+        assert not names.exists(inode)
+
+
+def test_native_is_a_file_otherwise() -> None:
+    names = Tree(flat_geometry(PAGE_SIZE))
+    assert names.exists(tree.NATIVE)
+    assert not names.is_directory(tree.NATIVE)
+    assert names.lookup(tree.NATIVE, b"a") is None
 
 
 def test_large_memory_costs_nothing() -> None:

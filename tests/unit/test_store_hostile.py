@@ -33,6 +33,17 @@ from tests.unit.captures import capture_of, memory_of
 MEMORY = memory_of(60, 41, 0.3)
 Change = Callable[[dict[str, Any]], object]
 
+
+def with_files(*paths: str) -> Change:
+    """Says that the native file is these files, the first of them with all the bytes."""
+
+    def change(document: dict[str, Any]) -> None:
+        sizes = [document["native_bytes"], *[0] * (len(paths) - 1)]
+        document["native_files"] = [{"path": p, "size": s} for p, s in zip(paths, sizes, strict=True)]
+
+    return change
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -234,6 +245,21 @@ def test_manifests_that_are_refused(forge: Forge, change: Change, message: str) 
         (lambda d: d["regions"][0].update(offset=PAGE_SIZE), "does not begin where the one before it ends"),
         (lambda d: d.update(memory_bytes=PAGE_SIZE), "memory_bytes: the regions have"),
         (lambda d: d.update(page_size=8192), "page_size: only 4096 is known"),
+        (lambda d: d.update(native_files={}), "native_files: a list is missing"),
+        (lambda d: d.update(native_files=[]), "native_files: an empty list"),
+        (lambda d: d.update(native_files=["a"]), "native_files: number 0: not a JSON object"),
+        (lambda d: d.update(native_files=[{"path": "a"}]), "number 0: size: a non-negative integer"),
+        (lambda d: d.update(native_files=[{"path": "a", "size": 1}]), "the files have 1 bytes, the native stream"),
+        (with_files("../a"), "native_files: '../a' cannot be the path of a file"),
+        (with_files("/a"), "'/a' cannot be the path of a file"),
+        (with_files(""), "'' cannot be the path of a file"),
+        (with_files("a//b"), "'a//b' cannot be the path of a file"),
+        (with_files("a/."), "'a/.' cannot be the path of a file"),
+        (with_files("a\0"), "cannot be the path of a file"),
+        (with_files("/".join(["x" * 255] * 16) + "/y"), "cannot be the path of a file"),
+        (with_files("x" * 256), "cannot be the path of a file"),
+        (with_files("a/b", "c", "a/b"), "'a/b' is there twice"),
+        (with_files("a/b/c", "a/bb", "a/b"), "'a/b' is a file and a directory"),
     ],
 )
 def test_documents_that_are_refused(forge: Forge, change: Change, message: str) -> None:
