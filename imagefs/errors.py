@@ -80,6 +80,10 @@ class MountError(ImagefsError):
     """The filesystem could not be mounted, or what is mounted there is not an imagefs."""
 
 
+class NotMappedError(ImagefsError):
+    """No memory is at an address of the guest: its page tables end before, or it has no RAM there."""
+
+
 class RestoreError(ImagefsError):
     """The VMM's command line does not fit the image, or the VMM refused."""
 

@@ -32,6 +32,8 @@ COMMANDS = {
     "verify": "read a whole image and name what is damaged",
     "serve": "serve a store over HTTP, for trying things",
     "restore": "resume a guest from a mounted image",
+    "translate": "find where in a mounted guest's memory a virtual address is",
+    "hexdump": "show memory of a mounted guest, by guest-physical or virtual address",
     "status": "show what a mount has fetched and is fetching",
 }
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from typing import Any
 
 from imagefs.cli.opening import image_reader
 from imagefs.cli.terminal import printable, size_text
+from imagefs.image.capture import KERNEL_TEXT, PAGE_TABLE_KINDS
+from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.streams import MEMORY
 
 DESCRIPTION = """\
@@ -39,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _lines(facts: dict[str, Any]) -> list[str]:
     restore = facts["restore"]
-    tables = sum(count for _, count, _ in facts["page_tables"])
+    frames = Counter[str]()
+    for _, count, kind in facts["page_tables"]:
+        frames[kind] += count
+    tables = sum(frames[kind] for kind in PAGE_TABLE_KINDS)
     rows = [
         ("image", facts["image"]),
         ("source", f"{facts['source']['format']} {facts['source']['version']}"),
@@ -50,7 +56,9 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         ("state", size_text(facts["state_bytes"])),
         _native_row(facts),
         ("config", ", ".join(facts["config"]) or "none"),
+        ("vCPUs", str(len(facts.get("vcpus", ()))) if facts.get("vcpus") else "not known"),
         ("page tables", f"{tables} frames" if tables else "not known"),
+        ("kernel text", size_text(frames[KERNEL_TEXT] * PAGE_SIZE) if frames[KERNEL_TEXT] else "not known"),
         ("restore", _restore_text(restore)),
     ]
     for r in facts["regions"]:

@@ -8,7 +8,7 @@ from itertools import chain
 
 from imagefs.cli.opening import image_reader
 from imagefs.cli.terminal import printable
-from imagefs.image.capture import PAGE_TABLE_KINDS
+from imagefs.image.capture import PAGE_KINDS
 from imagefs.image.geometry import Geometry
 from imagefs.image.index import walk_chunks
 from imagefs.image.metadata import Metadata
@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("image", metavar="STORE/NAME", help="a path or an http(s) URL")
     parser.add_argument("--pages", action="store_true", help="list page frames, in runs")
-    parser.add_argument("--kind", choices=PAGE_TABLE_KINDS, help="list the frames that hold page tables of one kind")
+    parser.add_argument("--kind", choices=PAGE_KINDS, help="list the frames of one kind: page tables, kernel text")
 
 
 def run(args: argparse.Namespace) -> int:

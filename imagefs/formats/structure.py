@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from imagefs.image.capture import Capture
+from imagefs.image.linux import kernel_text
 from imagefs.image.pagetables import walk
 
 
 def with_structure(capture: Capture) -> Capture:
-    """The capture with its page tables, walked from the vCPUs' CR3 unless the source itself said which they are."""
+    """The capture with its page tables and kernel text, unless the source itself said which pages are page tables."""
     if capture.essential or not capture.vcpus:
         return capture
-    return replace(capture, essential=walk(capture.memory, capture.geometry, capture.vcpus))
+    tables = walk(capture.memory, capture.geometry, capture.vcpus)
+    text = kernel_text(capture.memory, capture.geometry, capture.vcpus)
+    return replace(capture, essential=(*tables, *text))

@@ -49,11 +49,13 @@ class BytesSource:
 
 PAGE_TABLE_KINDS = ("pml5", "pml4", "pdpt", "pd", "pt")
 """From the root down."""
+KERNEL_TEXT = "ktext"
+PAGE_KINDS = (*PAGE_TABLE_KINDS, KERNEL_TEXT)
 
 
 @dataclass(frozen=True, slots=True)
 class PageKind:
-    """``count`` pages from page number ``first`` of ``memory`` that are of one kind: see PAGE_TABLE_KINDS."""
+    """``count`` pages from page number ``first`` of ``memory`` that are of one kind: see PAGE_KINDS."""
 
     first: int
     count: int
@@ -84,8 +86,8 @@ class Capture:
     vcpus: tuple[VcpuState, ...] = ()
     """What is known of the vCPUs, in the VMM's order."""
     essential: tuple[PageKind, ...] = ()
-    """Page-table frames; they travel with the metadata. A reader leaves this empty, unless its source says itself which
-    pages are page tables (as Xen's streams of PV guests do): otherwise they are found from ``vcpus``, see
-    :mod:`imagefs.formats.structure`."""
+    """Page-table frames, which travel with the metadata, and kernel text. A reader leaves this empty, unless its source
+    says itself which pages are page tables (as Xen's streams of PV guests do): otherwise they are found from ``vcpus``,
+    see :mod:`imagefs.formats.structure`."""
     native_files: tuple[NativeFile, ...] = ()
     """The files that ``native`` holds end to end, where a directory was split; empty where it is one file."""

@@ -1,14 +1,6 @@
 """The guest's page-table frames, found as the MMU finds them: from CR3 down.
 
-The formats are those of the Intel SDM, volume 3A, chapter "Paging" (AMD64 is the same, volume 2, chapter 5). An entry
-points to the next table if its bit 0 (present) is set and its bit 7 (page size) is not; tables have 4 KiB:
-
-| levels | in force with              | root in CR3      | entries     | address in an entry | kinds                   |
-|-------:|----------------------------|------------------|-------------|---------------------|-------------------------|
-|      5 | CR4.LA57 and EFER.LMA      | bits 51–12       | 512 x 8     | bits 51–12          | pml5 pml4 pdpt pd pt    |
-|      4 | EFER.LMA                   | bits 51–12       | 512 x 8     | bits 51–12          | pml4 pdpt pd pt         |
-|      3 | CR4.PAE                    | bits 31–5: 4 x 8 | 512 x 8     | bits 51–12          | pdpt pd pt              |
-|      2 | otherwise, if CR0.PG       | bits 31–12       | 1024 x 4    | bits 31–12          | pd pt; bit 7 if CR4.PSE |
+Their forms are in paging.py.
 
 Each frame is read once, and page tables proper (pt), which are nearly all of them, never: their addresses are in the
 tables above. What is found is a hint about which pages are wanted first; nothing depends on its being complete.
@@ -22,6 +14,19 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from imagefs.image.capture import ByteSource, PageKind
 from imagefs.image.geometry import PAGE_SIZE, Geometry
+from imagefs.image.paging import (
+    ADDRESS,
+    ADDRESS_32,
+    KINDS,
+    LARGE,
+    PAE_ROOT,
+    PD,
+    PDPT,
+    PML4,
+    PML5,
+    PRESENT,
+    PT,
+)
 from imagefs.image.vcpu import CR4_PSE, VcpuState
 
 log = logging.getLogger(__name__)
@@ -29,19 +34,11 @@ log = logging.getLogger(__name__)
 MAX_FRAMES = 16384
 """Page tables for 32 GiB in pages of 4 KiB. If all are scattered their list takes 70 KB of the metadata object."""
 
-_PRESENT, _LARGE = 1 << 0, 1 << 7
-_ADDRESS = 0x000F_FFFF_FFFF_F000
-_ADDRESS_32 = 0xFFFF_F000
-_PAE_ROOT = 0xFFFF_FFE0
-
 _LONG_ENTRIES = struct.Struct("<512Q")
 _SHORT_ENTRIES = struct.Struct("<1024I")
 _PAE_ROOT_ENTRIES = struct.Struct("<4Q")
 _USER_HALF = 256
 _TWIN = 0x1000
-
-_PT, _PD, _PDPT, _PML4, _PML5 = range(1, 6)
-_KINDS = {_PT: "pt", _PD: "pd", _PDPT: "pdpt", _PML4: "pml4", _PML5: "pml5"}
 
 
 def walk(
@@ -92,33 +89,33 @@ class _Walker:
         self._limit = limit
 
     def walk(self, vcpus: Iterable[VcpuState]) -> None:
-        pages: dict[int, list[int]] = {level: [] for level in _KINDS}
+        pages: dict[int, list[int]] = {level: [] for level in KINDS}
         short: dict[int, int] = {}  # 32-bit page directories, and which bits lead past them
         roots = {(vcpu.levels, vcpu.cr3 or 0, (vcpu.cr4 or 0) & CR4_PSE) for vcpu in vcpus}
         for levels, cr3, large in sorted(roots, key=lambda root: (-root[0], *root[1:])):
             if levels >= 4:
                 pages[levels] += self._long_roots(levels, cr3)
             elif levels == 3:
-                pages[_PD] += self._pae_directories(cr3)
+                pages[PD] += self._pae_directories(cr3)
             else:
-                mask = _PRESENT | (_LARGE if large else 0)
-                short.update((page, mask) for page in self._take([cr3 & _ADDRESS_32], _PD))
-        for level in (_PML5, _PML4, _PDPT, _PD):
+                mask = PRESENT | (LARGE if large else 0)
+                short.update((page, mask) for page in self._take([cr3 & ADDRESS_32], PD))
+        for level in (PML5, PML4, PDPT, PD):
             for page in pages[level]:
                 entries = self._read(_LONG_ENTRIES, page * PAGE_SIZE)
-                addresses = [entry & _ADDRESS for entry in entries if entry & (_PRESENT | _LARGE) == _PRESENT]
+                addresses = [entry & ADDRESS for entry in entries if entry & (PRESENT | LARGE) == PRESENT]
                 pages[level - 1] += self._take(addresses, level - 1)
         for page, mask in short.items():
             entries = self._read(_SHORT_ENTRIES, page * PAGE_SIZE)
-            self._take([entry & _ADDRESS_32 for entry in entries if entry & mask == _PRESENT], _PT)
+            self._take([entry & ADDRESS_32 for entry in entries if entry & mask == PRESENT], PT)
 
     def _long_roots(self, levels: int, cr3: int) -> list[int]:
-        address = cr3 & _ADDRESS
+        address = cr3 & ADDRESS
         roots = self._take([address], levels)
         twin = self._geometry.page_of_pfn((address ^ _TWIN) // PAGE_SIZE)
         if roots and twin is not None:
             here, there = (
-                [entry & _ADDRESS if entry & _PRESENT else None for entry in entries[:_USER_HALF]]
+                [entry & ADDRESS if entry & PRESENT else None for entry in entries[:_USER_HALF]]
                 for entries in (self._read(_LONG_ENTRIES, page * PAGE_SIZE) for page in (roots[0], twin))
             )
             if here == there and any(address is not None for address in here):
@@ -126,13 +123,13 @@ class _Walker:
         return roots
 
     def _pae_directories(self, cr3: int) -> list[int]:
-        self._take([cr3 & _ADDRESS_32], _PDPT)
-        page = self._geometry.page_of_pfn((cr3 & _ADDRESS_32) // PAGE_SIZE)
+        self._take([cr3 & ADDRESS_32], PDPT)
+        page = self._geometry.page_of_pfn((cr3 & ADDRESS_32) // PAGE_SIZE)
         if page is None:
             return []
         # Of 32 bytes, so several processes' may share a frame, and each is read.
-        entries = self._read(_PAE_ROOT_ENTRIES, page * PAGE_SIZE + (cr3 & _PAE_ROOT) % PAGE_SIZE)
-        return self._take([entry & _ADDRESS for entry in entries if entry & _PRESENT], _PD)
+        entries = self._read(_PAE_ROOT_ENTRIES, page * PAGE_SIZE + (cr3 & PAE_ROOT) % PAGE_SIZE)
+        return self._take([entry & ADDRESS for entry in entries if entry & PRESENT], PD)
 
     def _take(self, addresses: Iterable[int], level: int) -> list[int]:
         """The page numbers of those frames that are in RAM and new."""
@@ -159,8 +156,8 @@ def _runs(levels: Mapping[int, int]) -> Iterator[PageKind]:
     for page, level in sorted(levels.items()):
         if page != first + count or level != kind:
             if count:
-                yield PageKind(first, count, _KINDS[kind])
+                yield PageKind(first, count, KINDS[kind])
             first, count, kind = page, 0, level
         count += 1
     if count:
-        yield PageKind(first, count, _KINDS[kind])
+        yield PageKind(first, count, KINDS[kind])

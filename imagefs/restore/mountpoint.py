@@ -41,7 +41,7 @@ class RestoreImage:
 def read_mountpoint(path: Path) -> RestoreImage:
     """MountError where no image is mounted, RestoreError where the image is none that QEMU can resume."""
     mountpoint = Path(os.path.abspath(path))
-    document = _read_metadata(mountpoint)
+    document = _parse(mountpoint / METADATA, read_metadata(mountpoint))
     restore = document.get("restore")
     if not isinstance(restore, dict):
         raise MountError(f"{mountpoint / METADATA}: not what an imagefs mount shows (no 'restore')")
@@ -63,11 +63,12 @@ def read_mountpoint(path: Path) -> RestoreImage:
     return image
 
 
-def _read_metadata(mountpoint: Path) -> dict[str, Any]:
+def read_metadata(mountpoint: Path) -> bytes:
+    """The text of ``metadata.json``; MountError where no image is mounted."""
     path = mountpoint / METADATA
     try:
         with open(path, "rb") as file:
-            text = file.read(LARGEST_METADATA)
+            return file.read(LARGEST_METADATA)
     except (FileNotFoundError, NotADirectoryError):
         if not mountpoint.is_dir():
             raise MountError(f"{mountpoint}: no such directory") from None
@@ -77,6 +78,9 @@ def _read_metadata(mountpoint: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise MountError(f"{path}: {error.strerror}") from error
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         document = json.loads(text)
     except ValueError:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from imagefs import native
-from imagefs.image.capture import PAGE_TABLE_KINDS, ByteSource, PageKind
+from imagefs.image.capture import KERNEL_TEXT, PAGE_TABLE_KINDS, ByteSource, PageKind
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.metadata import MAX_RUN_PAGES, TARGET_SIZE
 from imagefs.image.streams import CONFIG_PREFIX, MEMORY, STATE
@@ -69,8 +69,9 @@ def is_small(stream: str) -> bool:
 
 def essential_pages(memory: ByteSource, kinds: Iterable[PageKind]) -> Iterator[tuple[int, bytes]]:
     """Page tables in runs of neighbours, the root's level first, then by page number. Frames of zeros are left out: the
-    index knows them."""
-    for kind in sorted(kinds, key=lambda kind: (_rank(kind.kind), kind.first)):
+    index knows them. Kernel text would fill the object alone."""
+    tables = (kind for kind in kinds if kind.kind != KERNEL_TEXT)
+    for kind in sorted(tables, key=lambda kind: (_rank(kind.kind), kind.first)):
         for first in range(kind.first, kind.first + kind.count, MAX_RUN_PAGES):
             count = min(MAX_RUN_PAGES, kind.first + kind.count - first)
             data = memory.read_at(first * PAGE_SIZE, count * PAGE_SIZE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -15,55 +15,15 @@ from hypothesis import strategies as st
 from imagefs.image.capture import BytesSource, PageKind
 from imagefs.image.chunks import Codec
 from imagefs.image.fields import canonical_json
-from imagefs.image.geometry import PAGE_SIZE, Geometry, Region, flat_geometry
+from imagefs.image.geometry import PAGE_SIZE, flat_geometry
 from imagefs.image.metadata import MAX_DOCUMENT_SIZE
 from imagefs.image.pagetables import MAX_FRAMES, walk
 from imagefs.image.vcpu import VcpuState
-
-PRESENT, WRITABLE, USER, LARGE = 0x01, 0x02, 0x04, 0x80
-NO_EXECUTE = 1 << 63
-KINDS = ("", "pt", "pd", "pdpt", "pml4", "pml5")
-
-PG, PE = 1 << 31, 1
-PSE, PAE, LA57 = 1 << 4, 1 << 5, 1 << 12
-LMA = 1 << 10
-ABOVE = 4 << 30
+from tests.unit.tables import ABOVE, KINDS, LARGE, NO_EXECUTE, PE, PG, PRESENT, PSE, USER, WRITABLE, Mapper, Ram, paging
 
 
-def paging(levels: int, root: int) -> VcpuState:
-    """As firmware and kernels set the registers; ``root`` may have CR3's low bits too."""
-    cr4 = {0: 0, 2: PSE, 3: PAE, 4: PAE | PSE, 5: PAE | LA57}[levels]
-    return VcpuState(PE | (PG if levels else 0), root, cr4, (LMA | 0x901) if levels >= 4 else 0)
-
-
-class Ram:
-    """Guest memory in two regions with a hole between them, as a flat file; addresses are guest-physical."""
-
-    def __init__(self, pages: int = 64, low: int = 32) -> None:
-        regions = [Region("low", 0, low * PAGE_SIZE, 0)]
-        if pages > low:
-            regions.append(Region("high", ABOVE, (pages - low) * PAGE_SIZE, low * PAGE_SIZE))
-        self.geometry = Geometry(tuple(regions))
-        self.data = bytearray(self.geometry.size)
-
-    def page(self, address: int) -> int:
-        page = self.geometry.page_of_pfn(address // PAGE_SIZE)
-        assert page is not None
-        return page
-
-    def address(self, page: int) -> int:
-        return self.geometry.pfn_of_page(page) * PAGE_SIZE
-
-    def set(self, table: int, index: int, entry: int, width: int = 8) -> None:
-        at = self.page(table) * PAGE_SIZE + table % PAGE_SIZE + index * width
-        self.data[at : at + width] = entry.to_bytes(width, "little")
-
-    def get(self, table: int, index: int, width: int = 8) -> int:
-        at = self.page(table) * PAGE_SIZE + table % PAGE_SIZE + index * width
-        return int.from_bytes(self.data[at : at + width], "little")
-
-    def walk(self, *states: VcpuState, limit: int = MAX_FRAMES) -> dict[int, str]:
-        return by_page(walk(BytesSource(bytes(self.data)), self.geometry, states, limit=limit))
+def walked(ram: Ram, *vcpus: VcpuState, limit: int = MAX_FRAMES) -> dict[int, str]:
+    return by_page(walk(BytesSource(bytes(ram.data)), ram.geometry, vcpus, limit=limit))
 
 
 def by_page(found: Sequence[PageKind]) -> dict[int, str]:
@@ -73,35 +33,6 @@ def by_page(found: Sequence[PageKind]) -> dict[int, str]:
             run.first + run.count == after.first and run.kind != after.kind
         ), (run, after)
     return {page: run.kind for run in found for page in range(run.first, run.first + run.count)}
-
-
-class Mapper:
-    """Builds tables as an operating system does, and notes the frames it takes for them."""
-
-    def __init__(self, ram: Ram, levels: int, frames: Iterable[int], root: int | None = None) -> None:
-        self.ram = ram
-        self.levels = levels
-        self.frames = iter(frames)
-        self.tables: dict[int, str] = {}
-        self.root = self.table(levels) if root is None else root
-
-    def table(self, level: int) -> int:
-        page = next(self.frames)
-        self.tables[page] = KINDS[level]
-        return self.ram.address(page)
-
-    def map(self, virtual: int, entry: int, large_at: int = 0) -> None:
-        """Put ``entry`` into the table of level 1, or the level at which a large page is mapped."""
-        bits, width = (10, 4) if self.levels == 2 else (9, 8)
-        table = self.root
-        for level in range(self.levels, 0, -1):
-            index = virtual >> (12 + bits * (level - 1)) & ((1 << (2 if (self.levels, level) == (3, 3) else bits)) - 1)
-            if level == max(large_at, 1):
-                self.ram.set(table, index, entry | (LARGE if large_at else 0), width)
-                return
-            if not self.ram.get(table, index, width) & PRESENT:
-                self.ram.set(table, index, self.table(level - 1) | PRESENT | WRITABLE | USER, width)
-            table = self.ram.get(table, index, width) & (0xFFFF_F000 if width == 4 else 0x000F_FFFF_FFFF_F000)
 
 
 @pytest.mark.expect_log("1 of the guest's page tables are not in its RAM and passed over: the first at 0xfee00000")
@@ -125,7 +56,7 @@ def test_tables_of_a_guest(levels: int, rng: random.Random) -> None:
     if levels != 3:
         ram.set(mapper.root, free[0], ram.address(order[-1]) | WRITABLE, 4 if levels == 2 else 8)
         ram.set(mapper.root, free[1], 0xFEE0_0000 | PRESENT, 4 if levels == 2 else 8)
-    assert ram.walk(paging(levels, mapper.root | 0x18)) == mapper.tables
+    assert walked(ram, paging(levels, mapper.root | 0x18)) == mapper.tables
 
 
 def test_huge_pages_at_every_level() -> None:
@@ -135,7 +66,7 @@ def test_huge_pages_at_every_level() -> None:
     mapper.map(0x7F00_0000_0000, 0x4000 | PRESENT, large_at=3)
     mapper.map(0x7F00_4000_0000, 0x4000 | PRESENT, large_at=2)
     assert sorted(mapper.tables.values()) == ["pd", "pdpt", "pdpt", "pml4"]
-    assert ram.walk(paging(4, mapper.root)) == mapper.tables
+    assert walked(ram, paging(4, mapper.root)) == mapper.tables
 
 
 def test_flags_beside_the_address() -> None:
@@ -146,7 +77,7 @@ def test_flags_beside_the_address() -> None:
     for page in (33, 34, 35):
         table = ram.address(page)
         ram.set(table, 0, ram.get(table, 0) | NO_EXECUTE | 0x7FF << 52 | 0xE68)
-    assert ram.walk(paging(4, mapper.root | 0xABC)) == mapper.tables
+    assert walked(ram, paging(4, mapper.root | 0xABC)) == mapper.tables
 
 
 def test_large_pages_of_32_bits_need_pse() -> None:
@@ -154,8 +85,8 @@ def test_large_pages_of_32_bits_need_pse() -> None:
     ram.set(0x1000, 0, 0x2000 | PRESENT | LARGE, 4)
     with_pse = VcpuState(PG | PE, 0x1000, PSE, 0)
     without = VcpuState(PG | PE, 0x1000, 0, 0)
-    assert ram.walk(with_pse) == {1: "pd"}
-    assert ram.walk(without) == {1: "pd", 2: "pt"}
+    assert walked(ram, with_pse) == {1: "pd"}
+    assert walked(ram, without) == {1: "pd", 2: "pt"}
 
 
 def test_pae_roots_share_a_frame() -> None:
@@ -165,7 +96,7 @@ def test_pae_roots_share_a_frame() -> None:
     ram.set(0x1000 + 0xFE0, 0, 0x3000 | PRESENT)
     ram.set(0x1000 + 0x40, 0, 0x4000 | PRESENT)
     states = [paging(3, 0x1020), paging(3, 0x1FE0)]
-    assert ram.walk(*states) == {1: "pdpt", 2: "pd", 3: "pd"}
+    assert walked(ram, *states) == {1: "pdpt", 2: "pd", 3: "pd"}
 
 
 def test_several_vcpus() -> None:
@@ -181,7 +112,7 @@ def test_several_vcpus() -> None:
         users.append(user)
     shared = {page: kind for page, kind in kernel.tables.items() if kind != "pml4"}
     states = [*(paging(4, user.root) for user in users), paging(0, kernel.root)]
-    assert ram.walk(*states) == shared | users[0].tables | users[1].tables
+    assert walked(ram, *states) == shared | users[0].tables | users[1].tables
 
 
 def test_vcpus_with_different_levels() -> None:
@@ -190,13 +121,13 @@ def test_vcpus_with_different_levels() -> None:
     mapper = Mapper(ram, 5, range(8, 20))
     mapper.map(0x40_0000, PRESENT)
     for states in ([paging(4, mapper.root), paging(5, mapper.root)], [paging(5, mapper.root), paging(4, mapper.root)]):
-        assert ram.walk(*states) == mapper.tables
+        assert walked(ram, *states) == mapper.tables
 
 
 def test_no_paging() -> None:
     ram = Ram()
     ram.set(0, 0, 0x1000 | PRESENT)
-    assert ram.walk() == ram.walk(paging(0, 0)) == {}
+    assert walked(ram) == walked(ram, paging(0, 0)) == {}
 
 
 @pytest.mark.expect_log("1 of the guest's page tables are not in its RAM")
@@ -204,7 +135,7 @@ def test_no_paging() -> None:
 @pytest.mark.parametrize("root", [0x0010_0000, 0xFFFF_F000, 0xF_FFFF_FFFF_F000])
 def test_root_outside_ram(levels: int, root: int) -> None:
     ram = Ram(32)
-    assert ram.walk(paging(levels, root)) == {}
+    assert walked(ram, paging(levels, root)) == {}
 
 
 # Page-table isolation: the kernel's PGD and the user's in one aligned pair of pages.
@@ -226,7 +157,7 @@ def isolated() -> tuple[Ram, Mapper, Mapper]:
 @pytest.mark.parametrize("cr3", [0x4000, 0x5000])
 def test_both_of_an_isolated_pair(isolated: tuple[Ram, Mapper, Mapper], cr3: int) -> None:
     ram, kernel, user = isolated
-    assert ram.walk(paging(4, cr3 | 0x801)) == kernel.tables | user.tables
+    assert walked(ram, paging(4, cr3 | 0x801)) == kernel.tables | user.tables
 
 
 def test_other_neighbours_are_no_pair(isolated: tuple[Ram, Mapper, Mapper]) -> None:
@@ -234,9 +165,9 @@ def test_other_neighbours_are_no_pair(isolated: tuple[Ram, Mapper, Mapper]) -> N
     ram, kernel, user = isolated
     for entry in (0x1F000 | PRESENT | USER, 0):
         ram.set(user.root, 0, entry)
-        assert ram.walk(paging(4, kernel.root)) == kernel.tables
+        assert walked(ram, paging(4, kernel.root)) == kernel.tables
     ram.set(kernel.root, 0, 0)
-    assert 5 not in ram.walk(paging(4, kernel.root))
+    assert 5 not in walked(ram, paging(4, kernel.root))
 
 
 # Hostile tables.
@@ -295,9 +226,9 @@ def test_any_tables(data: st.DataObject, levels: int) -> None:
             if ram.get(root, index) & ~(PAGE_SIZE - 1 | NO_EXECUTE) == root:
                 ram.set(root, index, 0)
     expected = oracle(ram, levels, root)
-    assert ram.walk(paging(levels, root)) == expected
+    assert walked(ram, paging(levels, root)) == expected
     limit = data.draw(st.integers(0, 12))
-    some = ram.walk(paging(levels, root), limit=limit)
+    some = walked(ram, paging(levels, root), limit=limit)
     assert len(some) == min(limit, len(expected))
     assert some.items() <= expected.items()
     # Higher levels come first.
@@ -323,7 +254,7 @@ def test_windows_self_map() -> None:
     for virtual in (0x1000, 0x40_0000, 0x7FF0_0000_0000, 0xFFFF_F800_0000_0000):
         mapper.map(virtual, ram.address(50) | PRESENT)
     ram.set(mapper.root, 0x1ED, mapper.root | PRESENT | WRITABLE)
-    assert ram.walk(paging(4, mapper.root)) == mapper.tables
+    assert walked(ram, paging(4, mapper.root)) == mapper.tables
 
 
 class Counting:

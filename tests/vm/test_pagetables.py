@@ -19,12 +19,14 @@ from support.vm import Vm
 from imagefs.formats import open_capture
 from imagefs.image.capture import Capture
 from imagefs.image.geometry import PAGE_SIZE
+from imagefs.image.translate import AddressSpace, Translation
 from imagefs.image.vcpu import VcpuState
 from imagefs.restore.suspend import suspended
 
 VCPUS = 2
 PRESENT, LARGE = 0x01, 0x80
 ADDRESS = 0x000F_FFFF_FFFF_F000
+LARGE_PAGE = 2 << 20
 KINDS = ("", "pt", "pd", "pdpt", "pml4", "pml5")
 
 
@@ -33,8 +35,8 @@ class Seen:
     """What QEMU's monitor says of a stopped guest."""
 
     vcpus: list[VcpuState]
-    mappings: list[dict[int, int]]
-    """Of each vCPU: guest-physical by guest-virtual address."""
+    mappings: list[dict[int, tuple[int, str]]]
+    """Of each vCPU: guest-physical address and flags by guest-virtual address."""
 
 
 def look(vm: Vm) -> Seen:
@@ -43,9 +45,10 @@ def look(vm: Vm) -> Seen:
 
     vcpus = [registers(ask("info registers", vcpu)) for vcpu in range(VCPUS)]
     lines = [
-        re.findall(r"^([0-9a-f]{16}): ([0-9a-f]{16}) ", ask("info tlb", vcpu), re.MULTILINE) for vcpu in range(VCPUS)
+        re.findall(r"^([0-9a-f]{16}): ([0-9a-f]{16}) (\S{9})\s*$", ask("info tlb", vcpu), re.MULTILINE)
+        for vcpu in range(VCPUS)
     ]
-    return Seen(vcpus, [{int(at, 16): int(to, 16) for at, to in found} for found in lines])
+    return Seen(vcpus, [{int(at, 16): (int(to, 16), flags) for at, to, flags in found} for found in lines])
 
 
 def registers(text: str) -> VcpuState:
@@ -73,7 +76,12 @@ class Tables:
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
-        self.kinds = {page: run.kind for run in capture.essential for page in range(run.first, run.first + run.count)}
+        self.kinds = {
+            page: run.kind
+            for run in capture.essential
+            if run.kind in KINDS
+            for page in range(run.first, run.first + run.count)
+        }
         self.used: set[int] = set()
 
     def page(self, address: int) -> int | None:
@@ -127,6 +135,33 @@ def test_tables_of_linux(options: dict[str, Any], append: str, levels: int, tmp_
             check(seen, capture, levels, isolated=bool(append))
 
 
+def check_translation(found: Translation, physical: int, flags: str) -> None:
+    """The monitor shows the flags of the page's own entry: X (no execute), G, P (large), D, A, C, T, U, W."""
+    assert found.physical == physical
+    assert (found.page_size > PAGE_SIZE) == ("P" in flags)
+    assert set(found.flags) == {{"G": "global", "D": "dirty", "A": "accessed"}[flag] for flag in "GDA" if flag in flags}
+    assert "X" in flags or found.executable or found.steps[0].entry >> 63
+    assert found.writable <= ("W" in flags)
+    assert found.user <= ("U" in flags)
+
+
+def check_kernel_text(seen: Seen, capture: Capture) -> None:
+    """What Linux has mapped executable and read-only where its image is, below its modules."""
+    expected = set()
+    for mappings in seen.mappings:
+        for virtual, (physical, flags) in mappings.items():
+            if 0xFFFF_FFFF_8000_0000 <= virtual < 0xFFFF_FFFF_C000_0000 and not set("XWU") & set(flags):
+                expected |= set(range(physical, physical + (LARGE_PAGE if "P" in flags else PAGE_SIZE), PAGE_SIZE))
+    text = [run for run in capture.essential if run.kind == "ktext"]
+    found = {
+        capture.geometry.pfn_of_page(page) * PAGE_SIZE
+        for run in text
+        for page in range(run.first, run.first + run.count)
+    }
+    assert len(found) * PAGE_SIZE > 8 << 20
+    assert found == expected
+
+
 def root_of(vcpu: VcpuState) -> int:
     assert vcpu.cr3 is not None
     return vcpu.cr3 & ADDRESS
@@ -138,8 +173,11 @@ def check(seen: Seen, capture: Capture, levels: int, isolated: bool) -> None:
     assert {vcpu.levels for vcpu in seen.vcpus} == {levels}
     for vcpu, mappings in zip(seen.vcpus, seen.mappings, strict=True):
         assert len(mappings) > 1000
-        for virtual, physical in mappings.items():
+        space = AddressSpace(capture.memory, capture.geometry, vcpu)
+        for virtual, (physical, flags) in mappings.items():
             assert tables.translate(vcpu, virtual) == physical
+            check_translation(space.translate(virtual), physical, flags)
+    check_kernel_text(seen, capture)
     *_, last = capture.geometry.regions
     assert any(page >= last.offset // PAGE_SIZE for page in tables.used)
     roots = {tables.page(root_of(vcpu)) for vcpu in seen.vcpus}
