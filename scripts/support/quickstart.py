@@ -153,8 +153,7 @@ class Quickstart:
     def _await(self, vm: Vm, link: Link, begun: float, nonce: str, count: int) -> Resume:
         with vm:
             # Not before: what is typed while QEMU loads the state is lost.
-            _wait_loaded(vm)
-            vm.wait_running(PATIENCE)
+            vm.go_on(PATIENCE)
             seen, later = vm.ping(PATIENCE)
             answer_seconds, answer_bytes = time.monotonic() - begun, link.counters().bytes_down
             if seen != nonce or later < count:
@@ -170,17 +169,6 @@ class Quickstart:
         with self._console.status(f"{text} …"):
             yield
         self._console.print(f"[green]✓[/] {text} [dim]({time.monotonic() - begun:.1f} s)[/]", highlight=False)
-
-
-def _wait_loaded(vm: Vm) -> None:
-    """Until the state is loaded; a plain save of a stopped guest then waits for ``cont``, as QEMU has it."""
-    deadline = time.monotonic() + PATIENCE
-    while vm.status == "inmigrate":
-        if time.monotonic() > deadline:
-            raise VmError(f"QEMU did not load the state in {PATIENCE:.0f} s")
-        time.sleep(0.02)
-    if vm.status == "paused":
-        vm.qmp.execute("cont")
 
 
 def _run(*command: str) -> None:

@@ -191,6 +191,17 @@ class Vm:
         except RestoreError as error:
             raise VmError(f"QEMU does not run the guest: {error}\n{self.said()}") from None
 
+    def go_on(self, timeout: float = PATIENCE) -> None:
+        """Until QEMU has loaded an incoming state and runs the guest; one that was saved paused is told ``cont``."""
+        deadline = time.monotonic() + timeout
+        while self.status == "inmigrate":
+            if time.monotonic() > deadline:
+                raise VmError(f"QEMU did not load the state in {timeout:.0f} s\n{self.said()}")
+            time.sleep(0.02)
+        if self.status == "paused":
+            self.qmp.execute("cont")
+        self.wait_running(timeout)
+
     # ---- the serial line ----
 
     def expect(self, pattern: str, timeout: float = PATIENCE) -> re.Match[str]:

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "listing": "listing page files",
     "sweep": "the daemon's memory while 4 GiB are swept",
     "pager": "faults and installing ahead, beside a bare handler and bare ioctls",
+    "local": "resuming from the local disk, beside QEMU with the flat file and with the whole stream; its memory",
     "quickstart": "bytes and seconds until a guest answers over a link, beside download and restore",
 }
 
