@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Protocol
 
-from imagefs.formats.spool import FileSource, Spool
+from imagefs.formats.spool import Spool
 from imagefs.image.capture import ByteSource
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.native import EXCEPTION_SIZE
 
 _SLOT = 8
 _SEARCH_SIZE = 64 << 10
+
+
+class Scattered(Protocol):
+    """What pages can be read from where they are: a file, or pieces of one."""
+
+    def read_at(self, offset: int, length: int) -> bytes: ...
+
+    def scatter_at(self, offset: int, pieces: Sequence[bytearray | memoryview]) -> None:
+        """Fill the pieces, one after another, with what is at ``offset``: all of it must be there."""
 
 
 class SupersededPages:
@@ -41,6 +52,35 @@ class SupersededPages:
         return min(offset, self.size)
 
 
+class JoinedSource:
+    """Sources end to end."""
+
+    def __init__(self, parts: Sequence[ByteSource]) -> None:
+        self._parts = parts
+        self._starts = list(accumulate((part.size for part in parts), initial=0))
+
+    @property
+    def size(self) -> int:
+        return self._starts[-1]
+
+    def read_at(self, offset: int, length: int) -> bytes | memoryview:
+        stop = min(offset + length, self.size)
+        pieces = []
+        for part, start in zip(self._parts, self._starts, strict=False):
+            first, last = max(offset - start, 0), min(stop - start, part.size)
+            if first < last:
+                pieces.append(part.read_at(first, last - first))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def next_data(self, offset: int) -> int:
+        for part, start in zip(self._parts, self._starts, strict=False):
+            if offset < start + part.size:
+                found = part.next_data(max(offset - start, 0))
+                if found < part.size:
+                    return start + found
+        return self.size
+
+
 class GatheredMemory:
     """Pages out of a file, wherever they are in it, and out of a spool those that the file has not as they are.
 
@@ -48,7 +88,7 @@ class GatheredMemory:
     in ``aside`` (or a hole there). Reading is safe from several threads.
     """
 
-    def __init__(self, newest: Spool, source: FileSource, aside: Spool) -> None:
+    def __init__(self, newest: Spool, source: Scattered, aside: Spool) -> None:
         self._newest = newest
         self._source = source
         self._aside = aside

@@ -1,11 +1,11 @@
-"""The main block's pages as a migration stream brings them: the newest copy of each, and the ones before it.
+"""Guest memory's pages as a migration stream brings them: the newest copy of each, and the ones before it.
 
 A live-migrated guest's stream holds pages more than once. The last copy is guest memory; the earlier ones exist only in
 the native file, so they become *superseded* pages of the template, with their native offsets as exceptions.
 
 Nothing here grows with the guest but sparse files. Two ways to keep the page bytes:
 
-- :class:`SpooledPages` copies them to a spool: for pipes;
+- :class:`SpooledPages` copies them to a spool: for pipes (:class:`LatestPages` only the newest copies);
 - :class:`PagesInPlace` reads them from the file that is split, where it is a regular file: nothing is copied.
 """
 
@@ -14,11 +14,11 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from imagefs.formats.base import Workspace
-from imagefs.formats.gather import GatheredMemory, SupersededPages
-from imagefs.formats.spool import FileSource, Spool
+from imagefs.formats.base import Input, Workspace
+from imagefs.formats.gather import GatheredMemory, Scattered, SupersededPages
+from imagefs.formats.spool import Spool
 from imagefs.image.capture import ByteSource
 from imagefs.image.geometry import PAGE_SIZE
 
@@ -52,9 +52,11 @@ class NewestCopies:
             page += stop - start
             count -= stop - start
 
-    def finish(self) -> Spool:
-        """The slots as native 64-bit integers."""
+    def finish(self, pages: int) -> Spool:
+        """The first ``pages`` slots, as native 64-bit integers."""
         self._store()
+        self._number = -1
+        self._spool.resize(pages * _SLOT)
         return self._spool
 
     def _load(self, number: int) -> None:
@@ -69,7 +71,7 @@ class NewestCopies:
 
 
 class MainMemory(ABC):
-    """Takes pages in the order of the stream. Page numbers count from the block's start.
+    """Takes pages in the order of the stream. Page numbers are those of the flat memory.
 
     ``native`` is the offset in the stream of a page's bytes, ``stride`` that from one page of a run to the next.
     """
@@ -111,9 +113,16 @@ class MainMemory(ABC):
             self._forget_aside(page, known)
         self._untouched = max(self._untouched, page + count)
 
-    def finish(self) -> tuple[ByteSource, ByteSource, ByteSource]:
-        """Memory, exceptions and superseded pages, as the native template defines them."""
-        newest = self._newest.finish()
+    def current(self, page: int) -> bytes | None:
+        """The newest copy of a page; None where none came that far."""
+        if page >= self._untouched:
+            return None
+        (slot,) = (slots[0] for _, slots in self._newest.slots(page, 1))
+        return self._read(page, slot)
+
+    def finish(self, pages: int) -> tuple[ByteSource, ByteSource, ByteSource]:
+        """Memory of ``pages`` pages, exceptions and superseded pages, as the native template defines them."""
+        newest = self._newest.finish(pages)
         at = self._retired.next_data(0)
         while at < self._retired.size:
             offsets = array("Q", self._retired.read_at(at, 1 << 20))
@@ -123,7 +132,7 @@ class MainMemory(ABC):
             self._exceptions.append(found.tobytes())
             at = self._retired.next_data(at + len(offsets) * _SLOT)
         self._exceptions.flush()
-        return self._memory(newest), self._exceptions, self._superseded()
+        return self._memory(newest, pages), self._exceptions, self._superseded()
 
     def _retire_what_was(self, page: int, slots: memoryview) -> None:
         if page >= self._untouched:
@@ -157,7 +166,11 @@ class MainMemory(ABC):
         """The pages are about to be superseded; their native offsets divided by PAGE_SIZE count up from ``key``."""
 
     @abstractmethod
-    def _memory(self, newest: Spool) -> ByteSource: ...
+    def _read(self, page: int, slot: int) -> bytes:
+        """The newest copy of a page; ``slot`` is its native offset, or 0."""
+
+    @abstractmethod
+    def _memory(self, newest: Spool, pages: int) -> ByteSource: ...
 
     @abstractmethod
     def _superseded(self) -> ByteSource: ...
@@ -185,7 +198,11 @@ class SpooledPages(MainMemory):
     def _retire(self, page: int, count: int, key: int) -> None:
         self._old.write_at(key * PAGE_SIZE, self._spool.read_at(page * PAGE_SIZE, count * PAGE_SIZE))
 
-    def _memory(self, newest: Spool) -> ByteSource:
+    def _read(self, page: int, slot: int) -> bytes:
+        return self._spool.read_at(page * PAGE_SIZE, PAGE_SIZE)
+
+    def _memory(self, newest: Spool, pages: int) -> ByteSource:
+        self._spool.resize(pages * PAGE_SIZE)
         return self._spool
 
     def _superseded(self) -> ByteSource:
@@ -197,10 +214,17 @@ class SpooledPages(MainMemory):
         return SupersededPages(self._exceptions, read)
 
 
+class LatestPages(SpooledPages):
+    """Without superseded pages: where the stream is not in the native file as it is, nobody asks for them."""
+
+    def _retire_what_was(self, page: int, slots: memoryview) -> None:
+        pass
+
+
 class PagesInPlace(MainMemory):
     """Pages stay where they are in the file; only those that are not there as they are go to a spool."""
 
-    def __init__(self, workspace: Workspace, pages: int, source: FileSource) -> None:
+    def __init__(self, workspace: Workspace, pages: int, source: Scattered) -> None:
         super().__init__(workspace, pages)
         self._source = source
         self._aside = workspace.spool()
@@ -218,9 +242,24 @@ class PagesInPlace(MainMemory):
     def _retire(self, page: int, count: int, key: int) -> None:
         pass
 
-    def _memory(self, newest: Spool) -> ByteSource:
+    def _read(self, page: int, slot: int) -> bytes:
+        return self._source.read_at(slot, PAGE_SIZE) if slot else self._aside.read_at(page * PAGE_SIZE, PAGE_SIZE)
+
+    def _memory(self, newest: Spool, pages: int) -> ByteSource:
+        self._aside.resize(pages * PAGE_SIZE)
         return GatheredMemory(newest, self._source, self._aside)
 
     def _superseded(self) -> ByteSource:
         source = self._source
         return SupersededPages(self._exceptions, lambda native: source.read_at(native, PAGE_SIZE))
+
+
+def keeper(source: Input, workspace: Workspace) -> Callable[[int], MainMemory]:
+    """What makes room for so many pages of a stream that ``source`` has as it is."""
+
+    def keep(pages: int) -> MainMemory:
+        if source.regular:
+            return PagesInPlace(workspace, pages, workspace.adopt(source.as_file()))
+        return SpooledPages(workspace, pages)
+
+    return keep

@@ -10,40 +10,43 @@ integers of the stream: an offset inside a block in whole pages, its low 12 bits
 | 0x008 | PAGE          | block name, 4096 bytes                                                           |
 | 0x010 | EOS           | nothing                                                                          |
 | 0x020 | CONTINUE      | with ZERO, PAGE, COMPRESS_PAGE: the block is that of the record before, no name  |
-| 0x100 | COMPRESS_PAGE | block name, length u32, a zlib stream that inflates to 4096 bytes                |
+| 0x040 | XBZRLE        | block name, a delta to the page's copy before: see qemu_payload.py               |
+| 0x100 | COMPRESS_PAGE | block name, a deflated page: see qemu_payload.py                                 |
 
-A block name is a length byte and ASCII. Refused: XBZRLE (0x040), a delta to a page that only the destination has;
-HOOK (0x080) and MULTIFD_FLUSH (0x200), with which pages travel outside this stream; everything else.
+A block name is a length byte and ASCII. Pages of guest memory go to a :class:`MainMemory`, those of all other blocks
+(video memory, ROMs, ACPI tables) to the state. Refused: HOOK (0x080) and MULTIFD_FLUSH (0x200), with which pages travel
+outside this stream; everything else.
 """
 
 from __future__ import annotations
 
 import struct
-import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from imagefs.errors import UnsupportedInputError, UsageError
-from imagefs.formats.base import Input, Workspace
-from imagefs.formats.qemu_blocks import FLAG_MEM_SIZE, FLAGS, TABLE, Block, read_block_table
-from imagefs.formats.qemu_pages import MainMemory, PagesInPlace, SpooledPages
+from imagefs.formats.base import Workspace
+from imagefs.formats.gather import JoinedSource
+from imagefs.formats.qemu_blocks import FLAG_MEM_SIZE, FLAGS, TABLE, Block, BlockTable, read_block_table
+from imagefs.formats.qemu_mapped_ram import MappedRamReader
+from imagefs.formats.qemu_pages import MainMemory
+from imagefs.formats.qemu_payload import delta_page, inflated_page
 from imagefs.formats.qemu_state import FLAG_EOS, FLAG_PAGE, FLAG_ZERO, StateWriter
 from imagefs.formats.qemu_stream import StreamCursor
-from imagefs.formats.spool import FileSource
+from imagefs.formats.spool import Spool
 from imagefs.image.capture import ByteSource, BytesSource
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.native import TemplateBuilder
 
 FLAG_CONTINUE = 0x20
+FLAG_XBZRLE = 0x40
 FLAG_COMPRESS_PAGE = 0x100
+_PAGE_FLAGS = (FLAG_PAGE, FLAG_ZERO, FLAG_XBZRLE, FLAG_COMPRESS_PAGE)
 _REFUSED = {
     0x01: "FULL records are of a QEMU before 2009",
-    0x40: "XBZRLE: the page is a delta to a copy that only the destination had; migrate with the capability off",
     0x80: "HOOK: the pages went over RDMA, not through this stream",
     0x200: "MULTIFD_FLUSH: the pages went through other channels; migrate with the capability multifd off",
 }
-_MAX_COMPRESSED = 4110
-"""zlib's compressBound(4096), as QEMU checks it."""
-
 _READ_AHEAD = 1 << 20
 _RECORD = 8 + PAGE_SIZE
 _MAX_RUN = 1000
@@ -52,45 +55,48 @@ _MAX_RUN = 1000
 _HEADER = struct.Struct(">Q")
 _PAGE_RECORD = struct.Struct(f">Q{PAGE_SIZE}x")
 _ZERO_RECORD = struct.Struct(">QB")
-_U32 = struct.Struct(">I")
+_SLOT = struct.Struct("<Q")
+_ZERO_PAGE = bytes(PAGE_SIZE)
 
 
 class RamReader:
-    """Reads the RAM section's parts: main memory's pages to a :class:`MainMemory`, the others' to the state."""
+    """Reads the RAM section's parts: guest memory's pages to what ``keep`` makes for so many pages, and into the
+    template; the others' to the state."""
 
     def __init__(
         self,
         cursor: StreamCursor,
         builder: TemplateBuilder,
         state: StateWriter,
-        source: Input,
         workspace: Workspace,
-        memory_file: Path | None,
+        keep: Callable[[int], MainMemory],
+        memory_files: Sequence[Path],
     ) -> None:
         self._cursor = cursor
         self._builder = builder
         self._state = state
-        self._source = source
         self._workspace = workspace
-        self._memory_file = memory_file
-        self._shared: FileSource | None = None  # memory_file, opened
+        self._keep = keep
+        self._memory_files = memory_files
         self._ignore_shared = False
         self._current: Block | None = None
         self._pages: MainMemory | None = None
-        self._main: Block | None = None
-        self.blocks: dict[str, Block] = {}
+        self._other_copies: Spool | None = None  # see _read_other
+        self.blocks = BlockTable()
 
-    @property
-    def main(self) -> Block:
-        """The guest's memory; known once the table was read."""
-        assert self._main is not None
-        return self._main
-
-    def read_first(self, ignore_shared: bool) -> None:
+    def read_first(self, ignore_shared: bool, mapped: bool) -> None:
         """The section's first part: the block table, then maybe pages."""
         self._ignore_shared = ignore_shared
-        self.blocks, self._main = read_block_table(self._cursor, self._state, ignore_shared)
-        self._open_memory_file()
+        if mapped:
+            reader = MappedRamReader(self._cursor, self._builder, self._state, self._workspace, self._keep)
+            self.blocks, self._pages = reader.read(ignore_shared)
+        else:
+            self.blocks = read_block_table(self._cursor, self._state, ignore_shared)
+        if self._memory_files and not self._ignore_shared:
+            raise UsageError(
+                f"--memory {self._memory_files[0]}: the stream was saved without x-ignore-shared and has the guest's"
+                " pages itself"
+            )
         self.read_records()
 
     def read_records(self) -> None:
@@ -103,7 +109,7 @@ class RamReader:
             header: int = _HEADER.unpack_from(cursor.buffer, cursor.start)[0]
             flags = header & FLAGS
             kind = flags & ~FLAG_CONTINUE
-            if kind in (FLAG_PAGE, FLAG_ZERO, FLAG_COMPRESS_PAGE):
+            if kind in _PAGE_FLAGS:
                 self._read_page(header - flags, kind, flags != kind)
             elif header == FLAG_EOS:
                 cursor.skip(8)
@@ -113,39 +119,46 @@ class RamReader:
 
     def finish(self) -> tuple[ByteSource, ByteSource, ByteSource]:
         """Memory, exceptions and superseded pages, once the stream was read."""
-        if self._shared is not None:
+        if self._ignore_shared:
             self._check_others_sent()
-            return self._shared, BytesSource(b""), BytesSource(b"")
-        if not self.main.sent:
+        missing = [block for block in self.blocks.guest_memory if block.size and not block.sent]
+        if self._memory_files:
+            return self._shared(missing), BytesSource(b""), BytesSource(b"")
+        if missing:
+            names = " and ".join(repr(block.name) for block in missing)
             if self._ignore_shared:
                 raise UnsupportedInputError(
-                    f"the stream was saved with x-ignore-shared and has no page of block {self.main.name!r}: give the"
-                    " guest's RAM file with --memory FILE",
+                    f"the stream was saved with x-ignore-shared and has no page of block {names}: give the guest's RAM"
+                    " file with --memory FILE" + (" for each block" if len(missing) > 1 else ""),
                     field=TABLE,
                 )
             raise UnsupportedInputError(
-                f"no page of block {self.main.name!r} is in the stream (did they go through multifd channels?)",
-                field=TABLE,
+                f"no page of block {names} is in the stream (did they go through multifd channels?)", field=TABLE
             )
-        if self._ignore_shared:
-            self._check_others_sent()
         assert self._pages is not None
-        return self._pages.finish()
+        return self._pages.finish(self.blocks.memory_pages)
 
-    def _open_memory_file(self) -> None:
-        if self._memory_file is None:
-            return
-        if not self._ignore_shared:
+    def _shared(self, missing: Sequence[Block]) -> ByteSource:
+        """Guest memory out of the files that were named, in the order of the guest's addresses."""
+        blocks = self.blocks.guest_memory
+        if len(missing) < len(blocks):
+            sent = next(block for block in blocks if block not in missing)
             raise UsageError(
-                f"--memory {self._memory_file}: the stream was saved without x-ignore-shared and has the guest's pages"
-                " itself"
+                f"--memory {self._memory_files[0]}: the stream has the pages of block {sent.name!r} itself (its RAM"
+                " was not shared)"
             )
-        self._shared = self._workspace.file(self._memory_file)
-        if self._shared.size != self.main.size:
-            raise UsageError(
-                f"--memory {self._memory_file}: it has {self._shared.size:,} bytes, block {self.main.name!r} of the"
-                f" stream {self.main.size:,}"
-            )
+        if len(self._memory_files) != len(blocks):
+            names = ", ".join(repr(block.name) for block in blocks)
+            raise UsageError(f"--memory {self._memory_files[-1]}: the stream has one RAM file for each of {names}")
+        files = {}
+        for block, path in zip(sorted(blocks, key=lambda block: block.address), self._memory_files, strict=True):
+            files[block.name] = file = self._workspace.file(path)
+            if file.size != block.size:
+                raise UsageError(
+                    f"--memory {path}: it has {file.size:,} bytes, block {block.name!r} of the stream {block.size:,}"
+                )
+        parts = [files[block.name] for block in blocks]
+        return parts[0] if len(parts) == 1 else JoinedSource(parts)
 
     def _read_page(self, offset: int, kind: int, continued: bool) -> None:
         cursor = self._cursor
@@ -169,31 +182,24 @@ class RamReader:
                 f"offset {offset:#x} is beyond block {block.name!r} of {block.size:#x} bytes", "RAM page offset"
             )
         block.sent = True
-        if block is not self._main:
+        if not block.guest_memory:
             self._read_other(block, offset, kind, prefix)
             return
         pages = self._pages
         if pages is None:
-            pages = self._pages = self._open_main()
+            pages = self._pages = self._keep(self.blocks.memory_pages)
         if kind == FLAG_PAGE:
-            self._read_main_pages(pages, offset, prefix)
+            self._read_main_pages(pages, block, offset, prefix)
         elif kind == FLAG_ZERO:
-            self._read_main_zeros(pages, offset, prefix)
+            self._read_main_zeros(pages, block, offset, prefix)
         else:
-            pages.put_page(offset // PAGE_SIZE, self._inflate(prefix))
+            page = block.first + offset // PAGE_SIZE
+            if kind == FLAG_XBZRLE:
+                pages.put_page(page, self._delta(prefix, pages.current(page)))
+            else:
+                pages.put_page(page, inflated_page(cursor, prefix))
 
-    def _open_main(self) -> MainMemory:
-        if self._shared is not None:
-            raise UsageError(
-                f"--memory {self._memory_file}: the stream has the pages of block {self.main.name!r} itself (its RAM"
-                " was not shared)"
-            )
-        pages = self.main.size // PAGE_SIZE
-        if self._source.regular:
-            return PagesInPlace(self._workspace, pages, self._workspace.adopt(self._source.as_file()))
-        return SpooledPages(self._workspace, pages)
-
-    def _read_main_pages(self, pages: MainMemory, offset: int, prefix: int) -> None:
+    def _read_main_pages(self, pages: MainMemory, block: Block, offset: int, prefix: int) -> None:
         """A PAGE record, and those right behind it that go on with the next pages of the block."""
         cursor = self._cursor
         cursor.need(prefix + PAGE_SIZE, "RAM page")
@@ -207,21 +213,21 @@ class RamReader:
             if header != expected:
                 break
             more += 1
-        more = min(more, self.main.size // PAGE_SIZE - offset // PAGE_SIZE - 1)
+        more = min(more, (block.size - offset) // PAGE_SIZE - 1)
         cursor.flush()
-        page = offset // PAGE_SIZE
+        page = block.first + offset // PAGE_SIZE
         native = self._builder.pages(page, 1, bytes(buffer[start : start + prefix]), PAGE_SIZE)
         if more:
             self._builder.pages(page + 1, more, bytes(buffer[following : following + 8]), PAGE_SIZE)
         pages.put_run(page, 1 + more, native, _RECORD, buffer, start + prefix)
         cursor.consume(prefix + PAGE_SIZE + more * _RECORD)
 
-    def _read_main_zeros(self, pages: MainMemory, offset: int, prefix: int) -> None:
+    def _read_main_zeros(self, pages: MainMemory, block: Block, offset: int, prefix: int) -> None:
         """A ZERO record, and those right behind it that go on with the next pages of the block."""
         cursor = self._cursor
         cursor.need(prefix + 1, "RAM fill byte")
         buffer, start = cursor.buffer, cursor.start
-        page = offset // PAGE_SIZE
+        page = block.first + offset // PAGE_SIZE
         following = start + prefix + 1
         fill = buffer[following - 1]
         more = 0
@@ -235,7 +241,7 @@ class RamReader:
                 if header != expected or value:
                     break
                 more += 1
-            more = min(more, self.main.size // PAGE_SIZE - page - 1)
+            more = min(more, (block.size - offset) // PAGE_SIZE - 1)
             pages.clear(page, 1 + more)
         cursor.flush()
         self._builder.bare(1, bytes(buffer[start:following]), PAGE_SIZE)
@@ -244,44 +250,40 @@ class RamReader:
         cursor.consume(prefix + 1 + more * _ZERO_RECORD.size)
 
     def _read_other(self, block: Block, offset: int, kind: int, prefix: int) -> None:
-        """A record of a block that is not main memory: into the state, and a literal of the native file."""
+        """A record of a block that is not guest memory: into the state, and a literal of the native file."""
         cursor = self._cursor
+        copies = self._other_copies
+        if copies is None:
+            # For each page where its newest copy is in the state, or 1 for zeros; 0 is for one that did not come yet.
+            copies = self._other_copies = self._workspace.spool()
+            copies.resize(self.blocks.other_pages * _SLOT.size)
+        slot = (block.first + offset // PAGE_SIZE) * _SLOT.size
         if kind == FLAG_COMPRESS_PAGE:
-            data = self._inflate(prefix)
+            data = inflated_page(cursor, prefix)
+        elif kind == FLAG_XBZRLE:
+            (at,) = _SLOT.unpack(copies.read_at(slot, _SLOT.size))
+            data = self._delta(
+                prefix, self._state.spool.read_at(at, PAGE_SIZE) if at > 1 else _ZERO_PAGE if at else None
+            )
         else:
             size = PAGE_SIZE if kind == FLAG_PAGE else 1
             cursor.need(prefix + size, "RAM page" if kind == FLAG_PAGE else "RAM fill byte")
             cursor.skip(prefix)
             data = cursor.take(size, "RAM page") * (PAGE_SIZE // size)
         self._state.page(block.name, offset, data)
+        copies.write_at(slot, _SLOT.pack(1 if data == _ZERO_PAGE else self._state.spool.size - PAGE_SIZE))
 
-    def _inflate(self, prefix: int) -> bytes:
-        """The page of a COMPRESS_PAGE record, which is passed as literals.
-
-        Deflating the page again would not have to give the same bytes, so the template keeps them.
-        """
-        cursor = self._cursor
-        field = "length of compressed RAM page"
-        cursor.need(prefix + 4, field)
-        length: int = _U32.unpack_from(cursor.buffer, cursor.start + prefix)[0]
-        if not 0 < length <= _MAX_COMPRESSED:
-            raise cursor.error(f"{length:#x} is impossible for {PAGE_SIZE} bytes", field, back=-prefix)
-        field = "compressed RAM page"
-        cursor.need(prefix + 4 + length, field)
-        cursor.skip(prefix + 4)
-        inflate = zlib.decompressobj()
-        try:
-            data = inflate.decompress(cursor.take(length, field), PAGE_SIZE + 1)
-        except zlib.error as error:
-            raise cursor.error(f"not a zlib stream ({error})", field, back=length) from error
-        if len(data) != PAGE_SIZE or not inflate.eof or inflate.unused_data:
-            raise cursor.error(f"does not inflate to exactly {PAGE_SIZE} bytes", field, back=length)
-        return data
+    def _delta(self, prefix: int, old: bytes | None) -> bytes:
+        if old is None:
+            raise self._cursor.error(
+                "XBZRLE, a delta to a page that the stream has not brought before", "RAM record flags"
+            )
+        return delta_page(self._cursor, prefix, old)
 
     def _check_others_sent(self) -> None:
         """With x-ignore-shared, a block without a single page is one whose pages stayed in a file."""
         for block in self.blocks.values():
-            if block is not self._main and block.size and not block.sent:
+            if not block.guest_memory and block.size and not block.sent:
                 raise UnsupportedInputError(
                     f"block {block.name!r} was in shared memory too (x-ignore-shared): its pages are not in the stream",
                     field=TABLE,

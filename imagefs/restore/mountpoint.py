@@ -51,6 +51,13 @@ def read_mountpoint(path: Path) -> RestoreImage:
         )
     if restore.get("vmm") != "qemu":
         raise RestoreError(f"{mountpoint}: the image is of the VMM {restore.get('vmm')!r}, only qemu can be restored")
+    blocks = [restore[name] for name in ("ram_blocks", "plugged_blocks") if isinstance(restore.get(name), dict)]
+    if blocks:
+        names = ", ".join(str(name) for group in blocks for name in group)
+        raise RestoreError(
+            f"{mountpoint}: the guest's memory is in several backends ({names}), which no door takes yet; whoever saved"
+            f" it can load it whole from {mountpoint / 'native'}"
+        )
     cpus = restore.get("cpus")
     image = RestoreImage(
         mountpoint=mountpoint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tests.unit.samples import Length, Sample
-from tests.unit.streams import Built, Options, Record, build, page_of, u32
+from tests.unit.streams import Built, Mapped, Options, Record, build, build_mapped, page_of, u32
 
 _FULL = Options(
     uuid=bytes(range(16)), page_bits=12, commands=[(1, b""), (2, bytes(4))], late_commands=[(11, b"")], devices=()
@@ -40,7 +40,42 @@ _SHARED = build(
 )
 _RAM = b"".join(map(page_of, range(4)))
 
+_DELTA = page_of(2)[:100] + b"new" + page_of(2)[103:]
+_DELTAS = build([*_RECORDS[:2], [Record("xbzrle", "pc.ram", 2, _DELTA)], _RECORDS[2]], _WITH_DEVICES)
+_DELTA_AT = _DELTAS.data.index(b"\1\0\5\x64\3new")
+_NODES = build(
+    [[Record("page", "node1", 1, page_of(1)), Record("page", "node0", 0, page_of(2))], []],
+    replace(_WITH_DEVICES, blocks={"node1": 3 * 4096, "node0": 2 * 4096}, main="node1", more_main=["node0"]),
+)
+_MAPPED = build_mapped(
+    {"pc.ram": Mapped(3 * 4096, {0: page_of(1)}, {2: page_of(3)}), "pc.rom": Mapped(4096, {0: page_of(2)})}, ["pc.ram"]
+)
+_MAPPED_AT = _MAPPED.data.index(b"\6pc.ram") + 15
+_MAPPED_LENGTHS = (
+    Length("page size", _MAPPED_AT + 4, 8, refused=(0, 1, 8192)),
+    Length("bitmap offset", _MAPPED_AT + 12, 8, refused=(0, 1)),
+    Length("pages offset", _MAPPED_AT + 20, 8, refused=(0, 1)),
+)
+
+
 SAMPLES = [
+    Sample.of_file(
+        "qemu-migration-xbzrle",
+        "qemu-migration",
+        _DELTAS.data,
+        (Length("bytes of a delta", _DELTA_AT + 1, 2, refused=(0, 1)),),
+        lambda _, length: length == _DELTAS.eof_at + 1,
+    ),
+    Sample.of_file(
+        "qemu-migration-numa", "qemu-migration", _NODES.data, may_end=lambda _, length: length == _NODES.eof_at + 1
+    ),
+    Sample.of_file(
+        "qemu-migration-mapped",
+        "qemu-migration",
+        _MAPPED.data,
+        _MAPPED_LENGTHS,
+        lambda _, length: length == _MAPPED.eof_at + 1,
+    ),
     _sample("qemu-migration", build(_RECORDS, _WITH_DEVICES), "pc-i440fx-7.2"),
     Sample(
         "qemu-migration-shared",

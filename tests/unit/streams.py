@@ -14,8 +14,8 @@ from typing import Literal
 
 PAGE = 4096
 
-Kind = Literal["page", "fill", "zlib"]
-"""``fill``: a ZERO record with a fill byte, which is zero in streams of today."""
+Kind = Literal["page", "fill", "zlib", "xbzrle"]
+"""``fill``: a ZERO record with a fill byte, zero in streams of today; ``xbzrle``: a delta to the copy before."""
 
 DROPPED = (1, 2)
 """Commands that are for a destination with a way back: OPEN_RETURN_PATH, PING."""
@@ -51,6 +51,8 @@ class Options:
     """None: no configuration section."""
     blocks: Mapping[str, int] = field(default_factory=lambda: {"pc.ram": 8 * PAGE, "vga.vram": 2 * PAGE})
     main: str = "pc.ram"
+    more_main: Sequence[str] = ()
+    """Blocks of guest memory beside the main one."""
     capabilities: Sequence[str] = ()
     addresses: Mapping[str, int] = field(default_factory=dict)
     page_bits: int | None = None
@@ -105,14 +107,34 @@ def subsection(name: str, content: bytes) -> bytes:
     return b"\5" + counted(name) + u32(1) + content
 
 
-def encode_record(record: Record, continued: bool) -> bytes:
-    flag = {"page": 0x08, "fill": 0x02, "zlib": 0x100}[record.kind]
+def xbzrle(old: bytes, new: bytes) -> bytes:
+    """The runs of bytes that differ, none where nothing does."""
+
+    def length(value: int) -> bytes:
+        return bytes([value]) if value < 0x80 else bytes([value & 0x7F | 0x80, value >> 7])
+
+    out, at = b"", 0
+    while at < PAGE:
+        start = next((place for place in range(at, PAGE) if old[place] != new[place]), PAGE)
+        if start == PAGE:
+            break
+        stop = next((place for place in range(start, PAGE) if old[place] == new[place]), PAGE)
+        out += length(start - at) + length(stop - start) + new[start:stop]
+        at = stop
+    return out
+
+
+def encode_record(record: Record, continued: bool, old: bytes = bytes(PAGE)) -> bytes:
+    flag = {"page": 0x08, "fill": 0x02, "zlib": 0x100, "xbzrle": 0x40}[record.kind]
     header = u64(record.page * PAGE | flag | (0x20 if continued else 0))
     if not continued:
         header += counted(record.block)
     if record.kind == "zlib":
         packed = zlib.compress(record.content, 1)
         return header + u32(len(packed)) + packed
+    if record.kind == "xbzrle":
+        runs = xbzrle(old, record.content)
+        return header + b"\1" + u16(len(runs)) + runs
     return header + record.content
 
 
@@ -162,7 +184,10 @@ def build(sections: Sequence[Sequence[Record]], options: Options | None = None) 
 
     shared = "x-ignore-shared" in options.capabilities
     footer = (b"\x7e" + u32(2)) if options.footers else b""
-    memory = bytearray(options.blocks.get(options.main, 0) if options.model else 0)
+    mains: dict[str, bytearray] = {}
+    if options.model:
+        mains = {name: bytearray(size) for name, size in options.blocks.items() if name in memory_blocks(options)}
+    others = {name: bytearray(size) for name, size in options.blocks.items() if options.model and name not in mains}
     records: list[tuple[int, Record]] = []
     block_before = None
     part = b""
@@ -182,11 +207,14 @@ def build(sections: Sequence[Sequence[Record]], options: Options | None = None) 
         kept = b""
         for record in section:
             records.append((len(out), record))
-            out += encode_record(record, continued=record.block == block_before and not record.named)
+            place = slice(record.page * PAGE, (record.page + 1) * PAGE)
+            content = (mains | others).get(record.block, bytearray())
+            continued = record.block == block_before and not record.named
+            out += encode_record(record, continued, bytes(content[place]).ljust(PAGE, b"\0"))
             block_before = record.block
-            if record.block == options.main:
-                memory[record.page * PAGE : (record.page + 1) * PAGE] = record.data
-            else:
+            if place.stop <= len(content):
+                content[place] = record.data
+            if record.block not in memory_blocks(options):
                 kept += plain_record(record)
         out += u64(0x10) + footer
         if number == 0:
@@ -204,12 +232,74 @@ def build(sections: Sequence[Sequence[Record]], options: Options | None = None) 
     description = describe(options)
     if options.description:
         both(b"\6" + u32(len(description)) + description)
-    return Built(bytes(out), bytes(memory), bytes(state), records, devices_at, eof_at, description)
+    return Built(bytes(out), b"".join(mains.values()), bytes(state), records, devices_at, eof_at, description)
+
+
+def memory_blocks(options: Options) -> set[str]:
+    return {options.main, *options.more_main}
 
 
 def encode_command(command: tuple[int, bytes]) -> bytes:
     number, data = command
     return b"\x08" + u16(number) + u16(len(data)) + data
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A block of a mapped-ram file: its pages that have a bit, and bytes that are there without one."""
+
+    size: int
+    pages: Mapping[int, bytes] = field(default_factory=dict)
+    stale: Mapping[int, bytes] = field(default_factory=dict)
+
+
+ALIGNED = 4 * PAGE
+"""Of the pages; QEMU has 1 MiB, which readers need not know."""
+
+
+def build_mapped(blocks: Mapping[str, Mapped], main: Sequence[str], before: bytes = b"", **header: int) -> Built:
+    """A mapped-ram file, behind ``before``; ``header`` overrides fields of the first block's header."""
+    out, state = bytearray(before), bytearray()
+    opening = b"QEVM" + u32(3) + b"\7" + u32(13) + b"pc-i440fx-9.0"
+    ram = b"\1" + u32(2) + counted("ram") + u32(0) + u32(4) + u64(sum(block.size for block in blocks.values()) | 4)
+    out += opening + subsection("configuration/capabilities", u32(1) + counted("mapped-ram")) + ram
+    state += opening + ram
+    records = b""
+    for number, (name, block) in enumerate(blocks.items()):
+        entry = counted(name) + u64(block.size)
+        state += entry
+        bitmap = bytearray((block.size // PAGE + 63) // 64 * 8)
+        for page in block.pages:
+            bitmap[page // 8] |= 1 << page % 8
+        bitmap_at = len(out) + len(entry) + 28
+        pages_at = (bitmap_at + len(bitmap) + ALIGNED - 1) // ALIGNED * ALIGNED
+        fields = {"version": 1, "page_size": PAGE, "bitmap_at": bitmap_at, "pages_at": pages_at}
+        fields |= header if number == 0 else {}
+        out += entry + struct.pack(">IQQQ", *fields.values()) + bitmap
+        out += bytes(pages_at - len(out))
+        for page in range(block.size // PAGE):
+            out += block.pages.get(page) or block.stale.get(page) or bytes(PAGE)
+            if name not in main:
+                records += plain_record(Record("page", name, page, block.pages.get(page, bytes(PAGE))))
+    footer = b"\x7e" + u32(2)
+    state += u64(0x10) + footer
+    if records:
+        state += b"\2" + u32(2) + records + u64(0x10) + footer
+    out += u64(0x10) + footer
+    for data in (out, state):
+        data += b"\3" + u32(2) + u64(0x10) + footer
+    devices_at = len(out)
+    end = device_sections(Options()) + b"\0"
+    description = describe(Options())
+    out += end + b"\6" + u32(len(description)) + description
+    state += end + b"\6" + u32(len(description)) + description
+    memory = b"".join(
+        blocks[name].pages.get(page, bytes(PAGE))
+        for name in blocks
+        if name in main
+        for page in range(blocks[name].size // PAGE)
+    )
+    return Built(bytes(out), memory, bytes(state), [], devices_at, devices_at + len(end) - 1, description)
 
 
 def page_of(seed: int) -> bytes:

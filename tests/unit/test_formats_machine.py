@@ -1,11 +1,11 @@
-"""Which block is the guest's memory, and where a machine puts it. Addresses as `info mtree -f` of QEMU 7.2 shows."""
+"""Which blocks are the guest's memory, and where a machine puts them. As `info mtree -f` of QEMU 7.2 shows."""
 
 from __future__ import annotations
 
 import pytest
 
 from imagefs.errors import UnsupportedInputError
-from imagefs.formats.qemu_machine import main_block, memory_layout
+from imagefs.formats.qemu_machine import guest_memory, memory_layout
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -37,8 +37,9 @@ MIB, GIB = 1 << 20, 1 << 30
     ],
 )
 def test_layout(machine: str, size: int, below: int) -> None:
-    geometry, notes = memory_layout(machine, size)
-    assert notes == []
+    layout = memory_layout(machine, {"ram": size})
+    geometry = layout.geometry
+    assert (layout.notes, layout.ram, layout.plugged) == ((), ("ram",), ())
     assert [(region.guest_address, region.size) for region in geometry.regions] == (
         [(0, size)] if below == size else [(0, below), (4 * GIB, size - below)]
     )
@@ -46,13 +47,79 @@ def test_layout(machine: str, size: int, below: int) -> None:
 
 
 def test_layouts_that_need_a_remark() -> None:
-    geometry, notes = memory_layout("virt-7.2", 8 * GIB)
-    assert geometry.regions[0].guest_address == GIB
-    assert "Arm" in notes[0]
-    geometry, notes = memory_layout("none-such", 3 * GIB)
-    assert [(region.guest_address, region.size) for region in geometry.regions] == [(0, 3 * GIB)]
-    assert "'none-such'" in notes[0]
-    assert "1 TiB" in memory_layout("pc-q35-7.2", 2048 * GIB)[1][0]
+    layout = memory_layout("virt-7.2", {"mach-virt.ram": 8 * GIB})
+    assert layout.geometry.regions[0].guest_address == GIB
+    assert "Arm" in layout.notes[0]
+    layout = memory_layout("none-such", {"ram": 3 * GIB})
+    assert [(region.guest_address, region.size) for region in layout.geometry.regions] == [(0, 3 * GIB)]
+    assert "'none-such'" in layout.notes[0]
+    assert "1 TiB" in memory_layout("pc-q35-7.2", {"ram": 2048 * GIB}).notes[0]
+
+
+Regions = list[tuple[str, int, int]]
+
+
+def regions_of(machine: str, blocks: dict[str, int], places: dict[str, int] | None = None) -> Regions:
+    regions = memory_layout(machine, blocks, places).geometry.regions
+    assert [region.offset for region in regions] == [sum(r.size for r in regions[:at]) for at in range(len(regions))]
+    return [(region.name, region.guest_address, region.size) for region in regions]
+
+
+def test_numa_nodes() -> None:
+    """One after the other in guest memory, by the numbers in their names; in the flat memory in the stream's order."""
+    nodes = {f"node{number}": MIB for number in (10, 9, 2)}
+    assert regions_of("pc-i440fx-7.2", nodes) == [
+        ("node10", 2 * MIB, MIB),
+        ("node9", 1 * MIB, MIB),
+        ("node2", 0, MIB),
+    ]
+    assert memory_layout("pc-i440fx-7.2", nodes).ram == ("node2", "node9", "node10")
+    assert "node2, node9, node10" in memory_layout("pc-i440fx-7.2", nodes).notes[0]
+
+
+def test_nodes_around_the_hole() -> None:
+    assert regions_of("pc-q35-7.2", {"b": 2 * GIB, "a": GIB, "c": GIB}) == [
+        ("b-below-4g", GIB, GIB),
+        ("b-above-4g", 4 * GIB, GIB),
+        ("a-below-4g", 0, GIB),
+        ("c-above-4g", 5 * GIB, GIB),
+    ]
+
+
+def test_nodes_whose_places_are_known() -> None:
+    layout = memory_layout("pc-i440fx-7.2", {"a": MIB, "b": MIB}, {"a": MIB, "b": 0})
+    assert layout.ram == ("b", "a")
+    assert layout.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ({"pc.ram": GIB, "x": 128 * MIB}, [("ram", 0, GIB), ("x", 4 * GIB, 128 * MIB)]),
+        (
+            {"mem": 5 * GIB, "dimm1": 3 * MIB, "dimm0": 129 * MIB},
+            [
+                ("ram-below-4g", 0, 3 * GIB),
+                ("ram-above-4g", 4 * GIB, 2 * GIB),
+                ("dimm1", 6 * GIB + 130 * MIB, 3 * MIB),
+                ("dimm0", 6 * GIB, 129 * MIB),
+            ],
+        ),
+        (
+            {"ram-node0": GIB, "memdimm0": GIB, "ram-node1": 64 * MIB},
+            [("ram-node0", 0, GIB), ("memdimm0", 4 * GIB, GIB), ("ram-node1", GIB, 64 * MIB)],
+        ),
+        ({"dimm0": GIB}, [("ram", 0, GIB)]),
+        ({"dimm1": GIB, "dimm0": GIB}, [("dimm1", 4 * GIB, GIB), ("ram", 0, GIB)]),
+    ],
+)
+def test_modules(blocks: dict[str, int], expected: Regions) -> None:
+    assert regions_of("pc-i440fx-7.2", blocks) == expected
+
+
+def test_modules_of_another_machine() -> None:
+    with pytest.raises(ValueError, match="dimm0"):
+        memory_layout("virt-7.2", {"mach-virt.ram": GIB, "dimm0": GIB})
 
 
 DEVICES = {
@@ -77,22 +144,27 @@ DEVICES = {
         ({"my-ram.rom-like": 16 * MIB}, "my-ram.rom-like"),
     ],
 )
-def test_main_block(blocks: dict[str, int], main: str) -> None:
-    assert main_block(blocks, 0) == main
+def test_one_block_is_memory(blocks: dict[str, int], main: str) -> None:
+    assert guest_memory(blocks, 0) == [main]
 
 
 @pytest.mark.parametrize(
-    "blocks",
+    ("blocks", "memory"),
     [
-        {"node0": 512 * MIB, "node1": 512 * MIB},
-        {"pc.ram": 512 * MIB, "dimm0": 128 * MIB},
-        {"mem": 64 * MIB, "dimm0": 128 * MIB},
-        {"a": 16 * MIB, "b": 16 * MIB},
-        DEVICES,
-        {},
+        ({"node0": 512 * MIB, "node1": 512 * MIB}, ["node0", "node1"]),
+        ({"pc.ram": 512 * MIB, "dimm0": 128 * MIB}, ["pc.ram", "dimm0"]),
+        ({"dimm0": 128 * MIB, **DEVICES, "mem": 64 * MIB}, ["dimm0", "mem"]),
+        ({"a": 16 * MIB, "b": 16 * MIB, "c": 4 * MIB}, ["a", "b"]),
+        ({"node1": 96 * MIB, "node0": 32 * MIB, "nodes": MIB}, ["node1", "node0"]),
+        ({"pc.ram": 96 * MIB, "DIMM-a": 32 * MIB}, ["pc.ram", "DIMM-a"]),
     ],
 )
-def test_no_single_main_block(blocks: dict[str, int]) -> None:
+def test_several_blocks_are_memory(blocks: dict[str, int], memory: list[str]) -> None:
+    assert guest_memory(blocks, 0) == memory
+
+
+@pytest.mark.parametrize("blocks", [DEVICES, {}])
+def test_no_block_is_memory(blocks: dict[str, int]) -> None:
     with pytest.raises(UnsupportedInputError) as caught:
-        main_block(blocks, 77)
+        guest_memory(blocks, 77)
     assert caught.value.offset == 77

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -117,8 +116,7 @@ def test_every_flag_flipped(refused: Callable[[bytes], UnsupportedInputError]) -
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (0x40, "XBZRLE"),
-        (0x60, "XBZRLE"),
+        (0x44, "no known combination"),
         (0x80, "RDMA"),
         (0x200, "multifd"),
         (0x01, "2009"),
@@ -173,7 +171,6 @@ PAGES = [[Record("page", "pc.ram", 1, page_of(1))]]
         (build(PAGES), counted("ram") + u32(0) + u32(4), counted("block") + u32(0) + u32(1), "section name", "'block'"),
         (build(PAGES), counted("ram") + u32(0) + u32(4), counted("ram") + u32(0) + u32(3), "section version", "3 of"),
         (build(PAGES, Options(page_bits=14)), b"unused", b"", "target page bits", "14"),
-        (build(PAGES, Options(capabilities=["mapped-ram"])), b"unused", b"", "capability", "mapped-ram"),
         (build(PAGES, Options(capabilities=["x-new"])), b"unused", b"", "capability", "'x-new'"),
         (build(PAGES, Options(extra_subsection=subsection("configuration/new", b""))), b"unused", b"",
          "configuration subsection", "configuration/new"),
@@ -238,13 +235,6 @@ def test_run_that_leaves_its_block(kind: Kind, refused: Callable[[bytes], Unsupp
     error = refused(built.data)
     assert error.field == "RAM page offset"
     assert error.offset == built.records[3][0]
-
-
-def test_two_memories(refused: Callable[[bytes], UnsupportedInputError]) -> None:
-    blocks = {"node0": 80 << 20, "node1": 64 << 20}
-    error = refused(build([[]], Options(blocks=blocks, main="node0")).data)
-    assert re.search(r"'node0'.*'node1'.*several memory backends", str(error))
-    assert error.field == "RAM block table"
 
 
 def test_block_table_twice_the_name(refused: Callable[[bytes], UnsupportedInputError]) -> None:

@@ -54,6 +54,11 @@ def test_nothing_is_mounted(tmp_path: Path) -> None:
         ({"restore": {}, "source": {"format": "raw"}}, RestoreError, r"\(from the format raw\) holds memory only"),
         ({"restore": {}}, RestoreError, "can be inspected, not resumed"),
         ({"restore": RESTORE | {"vmm": "xen"}}, RestoreError, "VMM 'xen'"),
+        (
+            {"restore": RESTORE | {"ram_blocks": {"a": 1}, "plugged_blocks": {"b": 2}}},
+            RestoreError,
+            r"\(a, b\).*/native",
+        ),
         ({"restore": RESTORE | {"machine": None}}, MountError, r"restore\.machine is None"),
         ({"restore": RESTORE | {"ram_bytes": "8192"}}, MountError, r"restore\.ram_bytes is '8192'"),
         ({"restore": RESTORE | {"ram_bytes": 0}}, MountError, r"restore\.ram_bytes is 0"),

@@ -1,18 +1,8 @@
-"""What a real QEMU saves is read, put together again byte for byte, and loads from a flat RAM file.
-
-The guest is firmware alone: SeaBIOS looks for something to boot and leaves its traces in memory.
-"""
+"""What a real QEMU saves is read, put together again byte for byte, and loads from a flat RAM file."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,142 +10,8 @@ import pytest
 
 from imagefs.errors import UnsupportedInputError
 from imagefs.formats import open_capture
-from imagefs.image.capture import ByteSource, Capture
-from imagefs.image.geometry import PAGE_SIZE
-from imagefs.image.native_reader import NativeReader
-from imagefs.restore.qmp import Qmp
-
-QEMU = "qemu-system-x86_64"
-PATIENCE = 60.0
-MEMORY = 32 << 20
-
-
-@dataclass
-class Machine:
-    """A running QEMU. ``ram`` is the file behind its memory, if it is in a shared one."""
-
-    qmp: Qmp
-    directory: Path
-    ram: Path | None
-
-    def migrate(self, name: str, **capabilities: bool) -> Path:
-        """Stop the guest and save it with these capabilities."""
-        path = self.directory / name
-        self.qmp.execute("stop")
-        self.set_capabilities(capabilities)
-        self.qmp.execute("migrate", {"uri": f"exec:cat > {path}"})
-        assert self.migrated() == "completed"
-        self.set_capabilities(dict.fromkeys(capabilities, False))
-        return path
-
-    def migrate_again(self, name: str, **capabilities: bool) -> Path:
-        """A guest that was saved must run before it is saved again; here for as short as can be."""
-        self.qmp.execute("cont")
-        return self.migrate(name, **capabilities)
-
-    def set_capabilities(self, capabilities: Mapping[str, bool]) -> None:
-        listed = [{"capability": name.replace("_", "-"), "state": on} for name, on in capabilities.items()]
-        self.qmp.execute("migrate-set-capabilities", {"capabilities": listed})
-
-    def migrated(self) -> str:
-        def status() -> str:
-            return str(self.qmp.execute("query-migrate").get("status"))
-
-        wait_for(lambda: status() in ("completed", "failed"))
-        return status()
-
-    def memory(self) -> bytes:
-        """Guest-physical memory from zero on, as the stopped guest has it; devices and ROMs where they are."""
-        path = self.directory / "pmem"
-        self.qmp.execute("pmemsave", {"val": 0, "size": MEMORY, "filename": str(path)})
-        return path.read_bytes()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
-@contextlib.contextmanager
-def running(directory: Path, *options: str, ram: Path | None = None) -> Iterator[Machine]:
-    directory.mkdir(exist_ok=True)
-    with socket.socket(socket.AF_UNIX) as listener, open(directory / "stderr", "wb") as stderr:
-        listener.bind(f"{directory}/qmp")
-        listener.listen()
-        listener.settimeout(PATIENCE)
-        # A session of its own, so that its children (exec:cat) end with it.
-        process = subprocess.Popen(
-            [
-                *(QEMU, "-accel", "tcg", "-m", f"{MEMORY >> 20}M", "-nodefaults", "-display", "none", "-vga", "std"),
-                *("-chardev", f"socket,id=qmp,path={directory}/qmp", "-mon", "chardev=qmp,mode=control"),
-                *options,
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=stderr,
-            stderr=stderr,
-            start_new_session=True,
-        )
-        try:
-            with Qmp(listener.accept()[0], "QEMU under test", PATIENCE) as qmp:
-                yield Machine(qmp, directory, ram)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-@contextlib.contextmanager
-def firmware(directory: Path, machine: str, ram: Path | None) -> Iterator[Machine]:
-    """A machine whose SeaBIOS has found nothing to boot; ``ram`` None: memory of its own, ``pc.ram``."""
-    log = directory / "seabios"
-    options = ["-chardev", f"file,id=log,path={log}", "-device", "isa-debugcon,iobase=0x402,chardev=log"]
-    if ram is None:
-        options += ["-machine", machine]
-    else:
-        options += ["-object", f"memory-backend-file,id=ram,size={MEMORY},mem-path={ram},share=on"]
-        options += ["-machine", f"{machine},memory-backend=ram"]
-    directory.mkdir()
-    with running(directory, *options, ram=ram) as vm:
-        wait_for(lambda: log.exists() and b"No bootable device" in log.read_bytes())
-        yield vm
-
-
-def content(source: ByteSource) -> bytes:
-    return bytes(source.read_at(0, source.size))
-
-
-def same_memory(found: bytes, flat: bytes) -> None:
-    """Equal but for where devices and ROMs lie over RAM."""
-    assert len(found) == len(flat)
-    differ = [at for at in range(0, len(flat), PAGE_SIZE) if found[at : at + PAGE_SIZE] != flat[at : at + PAGE_SIZE]]
-    assert [hex(at) for at in differ if not 0xA0000 <= at < 0x100000] == []
-    assert any(flat)
-
-
-def check_native(capture: Capture, path: Path) -> None:
-    reader = NativeReader(capture.native, capture.memory)
-    assert content(reader) == path.read_bytes()
-
-
-def check_load(directory: Path, machine: str, capture: Capture) -> None:
-    """A stock QEMU takes the state, with RAM from the flat file, and runs."""
-    directory.mkdir()
-    state, flat = directory / "state", directory / "memory"
-    state.write_bytes(content(capture.state))
-    flat.write_bytes(content(capture.memory))
-    block = capture.restore["ram_block"]
-    options = ["-object", f"memory-backend-file,id={block},size={MEMORY},mem-path={flat},share=off"]
-    options += ["-machine", f"{machine},memory-backend={block}", "-S", "-incoming", f"exec:cat {state}"]
-    # The log of SeaBIOS is a device like any other.
-    options += ["-chardev", "null,id=log", "-device", "isa-debugcon,iobase=0x402,chardev=log"]
-    with running(directory, *options) as vm:
-        assert vm.migrated() == "completed"
-        wait_for(lambda: vm.qmp.execute("query-status")["status"] != "inmigrate")
-        same_memory(vm.memory(), content(capture.memory))
-        vm.qmp.execute("cont")
-        assert vm.qmp.execute("query-status")["status"] == "running"
-    assert (directory / "stderr").read_bytes() == b""
+from imagefs.image.capture import Capture
+from tests.vm.machines import MEMORY, check_load, check_native, content, firmware, running, same_memory
 
 
 @pytest.mark.parametrize(("machine", "own_file"), [("pc", True), ("q35", True), ("q35", False)])
@@ -163,11 +19,18 @@ def test_saved_and_loaded(machine: str, own_file: bool, tmp_path: Path) -> None:
     """Plain, zlib-compressed and x-ignore-shared saves of one guest: alike but for how they were saved."""
     file = tmp_path / "ram" if own_file else None
     with firmware(tmp_path / "source", machine, file) as vm:
-        saves = {"plain": vm.migrate("plain"), "zlib": vm.migrate_again("zlib", compress=True)}
-        flat = vm.memory()
-        if file is not None:
-            flat = file.read_bytes()
-            saves["shared"] = vm.migrate_again("shared", x_ignore_shared=True)
+        saves: dict[str, Path] = {}
+        flats: dict[str, bytes] = {}
+        for kind in ("plain", "zlib", "shared") if file is not None else ("plain", "zlib"):
+            capabilities: dict[str, bool] = {"zlib": {"compress": True}, "shared": {"x_ignore_shared": True}}.get(
+                kind, {}
+            )
+            save = vm.migrate_again if saves else vm.migrate
+            saves[kind] = save(kind, "exec:cat > ", **capabilities)
+            # Between two saves the guest runs for an instant, and SeaBIOS counts ticks.
+            flats[kind] = vm.memory() if file is None else file.read_bytes()
+    if file is not None:
+        file.write_bytes(flats["shared"])
     block = "ram" if own_file else "pc.ram"
     states = {}
     for kind, path in saves.items():
@@ -178,7 +41,7 @@ def test_saved_and_loaded(machine: str, own_file: bool, tmp_path: Path) -> None:
             assert capture.restore["cpus"] == 1
             assert capture.memory.size == MEMORY
             check_native(capture, path)
-            same_memory(flat, content(capture.memory))
+            same_memory(flats[kind], content(capture.memory))
             states[kind] = content(capture.state)
             check_load(tmp_path / kind, machine, capture)
             if kind != "shared":
