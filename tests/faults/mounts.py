@@ -125,13 +125,13 @@ class RealMount:
         done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, timeout=timeout, check=True)
         return done.stdout
 
-    def wait_until_complete(self, timeout: float = 30.0) -> None:
+    def wait_until_complete(self, timeout: float = 60.0) -> None:
         wait_until(lambda: self.status()["memory"]["complete"], "all pages are here", timeout)
 
     def wait_until_waiting(self, count: int = 1) -> None:
         wait_until(lambda: self.waiting() >= count, f"{count} reads wait")
 
-    def wait_until_log_says(self, pattern: str, timeout: float = 30.0) -> None:
+    def wait_until_log_says(self, pattern: str, timeout: float = 90.0) -> None:
         wait_until(lambda: re.search(pattern, self.log.read_text()), f"the log says {pattern!r}", timeout)
 
     def is_alive(self) -> bool:
