@@ -370,4 +370,4 @@ def test_genuine_stream(tmp_path: Path) -> None:
         kinds: Counter[str] = Counter()
         for run in capture.essential:
             kinds[run.kind] += run.count
-        assert kinds == {"pml4": 1, "pdpt": 71, "pd": 9, "pt": 27}
+        assert kinds == {"pml4": 1, "pdpt": 71, "pd": 9, "pt": 27, "ktext": 3586}
