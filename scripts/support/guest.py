@@ -10,34 +10,26 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import re
-import shutil
-import stat
-import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from support import initramfs
+from support.commands import run
+from support.debian import GuestError, dependencies, unpack
+from support.initramfs import Program, build_archive, module_order
+
+Item = TypeVar("Item")
 
 METAPACKAGE = "linux-image-cloud-amd64"
 AGENT_SOURCE = Path(__file__).with_name("guest") / "agent.c"
 COMPILE = ("gcc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-s")
-BUSYBOX = Path("/bin/busybox")
 
 CONSOLE_OPTIONS = "console=ttyS0,115200 quiet panic=-1"
 """A panic is shown and ends QEMU (under ``-no-reboot``) instead of hanging."""
-
-_INIT = """#!/bin/busybox sh
-/bin/busybox mount -t devtmpfs dev /dev
-/bin/busybox mount -t proc proc /proc
-/bin/busybox mount -t sysfs sys /sys
-{insmod}exec /agent
-"""
-
-
-class GuestError(Exception):
-    """The guest cannot be built here; says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +66,10 @@ def build_guest(
     ``modules`` are kernel modules by name (``virtio_balloon``); they and what they depend on are put into the
     initramfs and loaded in order before the agent starts. Safe to call from several processes at once.
     """
-    cache = cache or cache_directory()
-    cache.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with _locked(cache / "lock"):
-        tree = _kernel_tree(cache)
+    with locked_cache(cache) as cache:
+        tree, kernel = kernel_package(cache)
         return Guest(
-            kernel=_only(tree / "boot", "vmlinuz-*"),
+            kernel=kernel,
             initramfs=_initramfs(cache, tree, modules),
             fill_mib=fill_mib,
             kind=kind,
@@ -93,143 +83,60 @@ def cache_directory() -> Path:
     return Path(base) / "imagefs-guest"
 
 
-# ---- kernel ----
+@contextmanager
+def locked_cache(cache: Path | None = None) -> Iterator[Path]:
+    """The cache directory, made if need be, while nobody else builds there."""
+    cache = cache or cache_directory()
+    cache.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield cache
 
 
-def _kernel_tree(cache: Path) -> Path:
-    """A directory with boot/vmlinuz-* and lib/modules/*: the kernel package, unpacked."""
+def kernel_package(cache: Path) -> tuple[Path, Path]:
+    """The kernel's package, unpacked below ``cache`` (lib/modules is in it), and the kernel in it."""
     ready = sorted(cache.glob("linux-image-*-cloud-amd64"), key=lambda path: path.stat().st_mtime)
     if ready:
-        return ready[-1]
-    package = _kernel_package()
-    work = Path(tempfile.mkdtemp(prefix="kernel-", dir=cache))
-    try:
-        # apt-get drops to the user _apt where it may write as that; this directory it may not, and says so.
-        _run("apt-get", "-q", "download", package, cwd=work)
-        _run("dpkg", "-x", str(_only(work, "*.deb")), str(work / "tree"))
-        target = cache / package
-        (work / "tree").rename(target)
-        return target
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        tree = ready[-1]
+    else:
+        package = _only(dependencies(METAPACKAGE, r"linux-image-\S+-cloud-amd64"), f"kernels of {METAPACKAGE}")
+        tree = cache / package
+        unpack([package], tree)
+    return tree, _only(sorted((tree / "boot").glob("vmlinuz-*")), f"kernels in {tree}, which can be removed")
 
 
-def _kernel_package() -> str:
-    """The versioned package that the metapackage depends on; fetches apt's lists where there are none."""
-    for attempt in range(2):
-        listed = _run("apt-cache", "depends", METAPACKAGE) if _knows_package() else ""
-        found = re.search(r"Depends: (linux-image-\S+-cloud-amd64)$", listed, re.MULTILINE)
-        if found:
-            return found[1]
-        if attempt == 0:
-            _run("apt-get", "-q", "-o", "DPkg::Lock::Timeout=300", "update")
-    raise GuestError(f"apt knows no package {METAPACKAGE}: the test guest needs Debian's package sources")
-
-
-def _knows_package() -> bool:
-    return bool(_run("apt-cache", "search", "--names-only", f"^{METAPACKAGE}$"))
-
-
-# ---- modules ----
-
-
-def _module_order(tree: Path, wanted: Sequence[str]) -> list[Path]:
-    """Files of the modules and of what they depend on, each after its dependencies."""
-    files = {path.name.split(".ko")[0].replace("-", "_"): path for path in (tree / "lib/modules").rglob("*.ko*")}
-    order: dict[str, Path] = {}
-
-    def visit(name: str, wanted_by: str) -> None:
-        name = name.replace("-", "_")
-        if name in order:
-            return
-        if name not in files:
-            raise GuestError(f"{tree.name} has no module {name!r} ({wanted_by})")
-        if files[name].suffix != ".ko":
-            raise GuestError(f"{files[name]} is compressed, which is not supported")
-        for dependency in _dependencies(files[name]):
-            visit(dependency, f"needed by {name}")
-        order[name] = files[name]
-
-    for name in wanted:
-        visit(name, "asked for")
-    return list(order.values())
-
-
-def _dependencies(module: Path) -> list[str]:
-    """From the ``depends=`` string of the module's .modinfo section; what depmod would read."""
-    found = re.search(rb"(?:^|\0)depends=([^\0]*)\0", module.read_bytes())
-    return [name for name in found[1].decode().split(",") if name] if found else []
-
-
-# ---- initramfs ----
-
-
-def _initramfs(cache: Path, tree: Path, modules: Sequence[str]) -> Path:
-    if not BUSYBOX.exists():
-        raise GuestError(f"{BUSYBOX} is missing: install busybox-static")
-    ordered = _module_order(tree, modules)
-    key = hashlib.sha256()
-    for part in (AGENT_SOURCE.read_bytes(), BUSYBOX.read_bytes(), Path(__file__).read_bytes(), tree.name.encode()):
-        key.update(hashlib.sha256(part).digest())
-    key.update(" ".join(path.name for path in ordered).encode())
+def cached_initramfs(
+    cache: Path, sources: Sequence[Path], names: Sequence[str], build: Callable[[Path], bytes]
+) -> Path:
+    """The archive that ``build`` makes (in a directory that it may use), kept under a name that is made of ``names``
+    and of the digests of ``sources`` and of what goes into every archive.
+    """
+    key = hashlib.sha256(" ".join(names).encode())
+    for source in (*sources, Path(initramfs.__file__), initramfs.BUSYBOX):
+        if not source.exists():
+            raise GuestError(f"{source} is missing: scripts/setup installs it")
+        key.update(hashlib.sha256(source.read_bytes()).digest())
     target = cache / f"initramfs-{key.hexdigest()[:24]}.cpio"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(prefix="initramfs-", dir=cache) as work:
-        agent = Path(work) / "agent"
-        _run(*COMPILE, "-o", str(agent), str(AGENT_SOURCE))
-        built = Path(work) / "initramfs"
-        built.write_bytes(_archive(agent.read_bytes(), ordered))
-        built.rename(target)
+    if not target.exists():
+        with tempfile.TemporaryDirectory(prefix="initramfs-", dir=cache) as work:
+            built = Path(work) / "initramfs"
+            built.write_bytes(build(Path(work)))
+            built.rename(target)
     return target
 
 
-def _archive(agent: bytes, modules: Sequence[Path]) -> bytes:
-    insmod = "".join(f"/bin/busybox insmod /modules/{path.name}\n" for path in modules)
-    directory, program = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755
-    entries: list[tuple[str, int, bytes, int]] = [
-        *((name, directory, b"", 0) for name in ("bin", "dev", "proc", "sys", "modules")),
-        # The kernel opens it for init before devtmpfs is mounted.
-        ("dev/console", stat.S_IFCHR | 0o600, b"", os.makedev(5, 1)),
-        ("bin/busybox", program, BUSYBOX.read_bytes(), 0),
-        ("agent", program, agent, 0),
-        ("init", program, _INIT.format(insmod=insmod).encode(), 0),
-        *((f"modules/{path.name}", stat.S_IFREG | 0o644, path.read_bytes(), 0) for path in modules),
-        ("TRAILER!!!", 0, b"", 0),
-    ]
-    return b"".join(_cpio_entry(number, *entry) for number, entry in enumerate(entries, 1))
+def _initramfs(cache: Path, tree: Path, modules: Sequence[str]) -> Path:
+    ordered = module_order(tree, modules)
+
+    def build(work: Path) -> bytes:
+        agent = work / "agent"
+        run(*COMPILE, "-o", str(agent), str(AGENT_SOURCE))
+        return build_archive("exec /agent\n", [Program("/agent", agent.read_bytes())], ordered)
+
+    return cached_initramfs(cache, [AGENT_SOURCE, Path(__file__)], [tree.name, *(path.name for path in ordered)], build)
 
 
-def _cpio_entry(number: int, name: str, mode: int, data: bytes, device: int) -> bytes:
-    """One member of a "newc" archive (cpio(5)): root's, time zero. Not compressed: the guest unpacks it under TCG."""
-    encoded = name.encode() + b"\0"
-    fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, os.major(device), os.minor(device), len(encoded), 0)
-    head = b"070701" + b"".join(b"%08X" % value for value in fields) + encoded
-    return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
-
-
-# ---- small things ----
-
-
-def _only(directory: Path, pattern: str) -> Path:
-    found = sorted(directory.glob(pattern))
+def _only(found: Sequence[Item], what: str) -> Item:
     if len(found) != 1:
-        raise GuestError(f"{directory}: {len(found)} files match {pattern}, one was expected; remove the directory")
+        raise GuestError(f"{what}: {len(found)}, one was expected")
     return found[0]
-
-
-def _run(*command: str, cwd: Path | None = None) -> str:
-    try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise GuestError(f"{command[0]} is not installed") from error
-    if done.returncode:
-        raise GuestError(f"{' '.join(command)} failed with status {done.returncode}: {done.stderr.strip()[-400:]}")
-    return done.stdout
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

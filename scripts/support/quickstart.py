@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,9 @@ from typing import Protocol, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from support.guest import Guest, GuestError, build_guest
+from support.commands import CommandFailedError, run
+from support.debian import GuestError
+from support.guest import Guest, build_guest
 from support.link import Link
 from support.mounts import MountFailedError, mounted, unmount
 from support.nginx import Nginx
@@ -123,13 +124,13 @@ class Quickstart:
                 vm.expect("FILLED", PATIENCE)
                 nonce, count = vm.ping()
             with self._step("suspending it into a store"):
-                _run("imagefs", "suspend", "--qmp", str(vm.qmp_socket), str(self.store / IMAGE))
+                run("imagefs", "suspend", "--qmp", str(vm.qmp_socket), str(self.store / IMAGE))
         return nonce, count
 
     def _plain_save(self) -> Path:
         plain = self.work / "vm1.save.zst"
         with mounted(str(self.store / IMAGE), self.work / "mnt", "nocache"):
-            _run("zstd", "-3", "-T2", "-q", str(self.work / "mnt" / "native"), "-o", str(plain))
+            run("zstd", "-3", "-T2", "-q", str(self.work / "mnt" / "native"), "-o", str(plain))
         return plain
 
     def _resume_mounted(self, guest: Guest, nginx: Nginx, nonce: str, count: int) -> Resume:
@@ -169,12 +170,6 @@ class Quickstart:
         with self._console.status(f"{text} …"):
             yield
         self._console.print(f"[green]✓[/] {text} [dim]({time.monotonic() - begun:.1f} s)[/]", highlight=False)
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
-    if done.returncode:
-        raise VmError(f"{' '.join(command)}: status {done.returncode}: {(done.stderr or done.stdout).strip()}")
 
 
 def table(result: Result) -> Table:
@@ -238,7 +233,7 @@ def main() -> int:
     options = Options(args.mbit, args.rtt, args.memory, args.fill, "mixed", args.options, not args.no_plain)
     try:
         result = measure(options, console)
-    except (VmError, GuestError, MountFailedError) as error:
+    except (VmError, GuestError, CommandFailedError, MountFailedError) as error:
         console.print(f"quickstart: {error}", style="red", markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:

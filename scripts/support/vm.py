@@ -200,7 +200,7 @@ class Vm:
             time.sleep(0.02)
         if self.status == "paused":
             self.qmp.execute("cont")
-        self.wait_running(timeout)
+        self.wait_running(max(0.0, deadline - time.monotonic()))
 
     # ---- the serial line ----
 

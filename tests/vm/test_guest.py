@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support.guest import Guest, GuestError, build_guest, cache_directory
+from support.debian import GuestError
+from support.guest import Guest, build_guest, cache_directory
 from support.vm import PATIENCE, Vm, VmError
 
 PAGE = 4096

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
+
+from support.bench import resume
+from support.bench.figures import Benchmark
 
 BENCHMARKS = {
     "split": "splitting throughput and bytes stored, beside zstd",
@@ -17,21 +21,34 @@ BENCHMARKS = {
     "pager": "faults and installing ahead, beside a bare handler and bare ioctls",
     "local": "resuming from the local disk, beside QEMU with the flat file and with the whole stream; its memory",
     "quickstart": "bytes and seconds until a guest answers over a link, beside download and restore",
+    "resume": "a Redis resumed over five links, beside download and restore and other programs' mounts (25 minutes)",
 }
+BY_NAME_ONLY = ("resume",)
+"""It takes as long as all others together, and writes the figures that are shown in README."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__, allow_abbrev=False)
     names = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*BENCHMARKS, []], help=f"{names} (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", choices=[*BENCHMARKS, []], help=f"{names} (default: all but resume)"
+    )
     parser.add_argument("--work", type=Path, default=Path("/var/tmp"), help="where to work (default: %(default)s)")
+    resume.add_options(parser)
     args = parser.parse_args()
+    try:
+        options = resume.options_of(args)
+    except ValueError as error:
+        parser.error(str(error))
+    runs: dict[str, Benchmark] = {"resume": lambda work: resume.run(work, options)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     missed = 0
-    for name in args.names or BENCHMARKS:
+    for name in args.names or [name for name in BENCHMARKS if name not in BY_NAME_ONLY]:
         print(f"bench {name}: {BENCHMARKS[name]}", file=sys.stderr)
         begun = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="imagefs-bench-", dir=args.work) as work:
-            for figure in import_module(f"support.bench.{name}").run(Path(work)):
+            run = runs.get(name) or import_module(f"support.bench.{name}").run
+            for figure in run(Path(work)):
                 print(figure.line(), flush=True)
                 verdict = "reached" if figure.reached else "MISSED"
                 sign = ">=" if figure.better == "higher" else "<="
