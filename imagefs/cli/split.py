@@ -27,6 +27,8 @@ compressed, verified chunks that can be fetched one by one.
     imagefs split vm.save store/vm1
     cat vm.save | imagefs split - store/vm1
     imagefs split --memory ram.img vm.state store/vm1
+    imagefs split --memory mem --memory diff vmstate store/vm1
+    imagefs split snapshot-directory store/vm1
 
 The store is a directory; it is created if it is missing. If STORE/NAME exists, the name is
 moved to the new image once all of it is written. Equal chunks are stored once per store. If
@@ -38,7 +40,9 @@ split into the same store, running at that time, may refer to.
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
-    parser.add_argument("source", metavar="SOURCE", help="the saved VM; - reads it from standard input")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="the saved VM, a file or a directory; - reads it from standard input"
+    )
     parser.add_argument("target", metavar="STORE/NAME", help="the image to make")
     parser.add_argument("--format", choices=format_names(), help="what SOURCE is (default: recognised)")
     parser.add_argument(
@@ -47,7 +51,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         default=[],
-        help="the file with the memory where SOURCE has none, as a QEMU state saved with x-ignore-shared",
+        help="the file with the memory where SOURCE has none: a QEMU state saved with x-ignore-shared, the state of a"
+        " Firecracker snapshot; again for each diff laid over it",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 

@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from imagefs.errors import UnsupportedInputError, UsageError
-from imagefs.formats import qemu_migration, raw
+from imagefs.formats import cloud_hypervisor, criu, firecracker, lime, qemu_migration, raw, vmware
 from imagefs.formats.base import Format, Input, Workspace
 from imagefs.formats.structure import with_structure
 from imagefs.image.capture import Capture
 
-FORMATS: tuple[Format, ...] = (qemu_migration.FORMAT, raw.FORMAT)
+FORMATS: tuple[Format, ...] = (
+    qemu_migration.FORMAT,
+    firecracker.FORMAT,
+    cloud_hypervisor.FORMAT,
+    criu.FORMAT,
+    vmware.FORMAT,
+    lime.FORMAT,
+    raw.FORMAT,
+)
 """In the order in which messages list them."""
 
 _SHOWN_MAGIC = 8

@@ -20,6 +20,10 @@ from imagefs.image.native import NativeTemplate, TemplateBuilder
 HEAD_SIZE = 64 << 10
 """Bytes from which a format must be recognised."""
 
+_BUFFER_SIZE = 4 << 20
+_PIECE_SIZE = 64 << 10
+_ZERO_PIECE = bytes(_PIECE_SIZE)
+
 
 class Workspace:
     """Owns every spool and file that a capture reads from; closes them all when it is left."""
@@ -58,9 +62,13 @@ class Input:
     ``directory``: then there is nothing to read here, and ``head`` is empty.
     """
 
-    def __init__(self, stream: BinaryIO, name: str, regular: bool, directory: Path | None = None) -> None:
+    def __init__(
+        self, stream: BinaryIO, name: str, regular: bool, directory: Path | None = None, path: Path | None = None
+    ) -> None:
         self.name = name
         self.directory = directory
+        self.path = path
+        """As the caller gave it; None for a stream."""
         self.regular = regular
         """Whether it is a regular file at its offset zero, so that it need not be spooled."""
         self._stream = cast(io.RawIOBase, stream)  # typing's BinaryIO knows no readinto
@@ -75,12 +83,13 @@ class Input:
     def of_path(cls, path: Path, stack: ExitStack) -> Input:
         """Raises UsageError where the file cannot be opened."""
         if path.is_dir():
-            return cls(io.BytesIO(), str(path), regular=False, directory=path)
+            return cls(io.BytesIO(), str(path), regular=False, directory=path, path=path)
         try:
             stream = stack.enter_context(io.FileIO(path))
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}") from error
-        return cls(cast(BinaryIO, stream), str(path), stat.S_ISREG(os.fstat(stream.fileno()).st_mode))
+        regular = stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+        return cls(cast(BinaryIO, stream), str(path), regular, path=path)
 
     @property
     def size(self) -> int | None:
@@ -99,6 +108,22 @@ class Input:
     def as_file(self) -> FileSource:
         """The regular file behind this input, under a descriptor of its own."""
         return FileSource(os.dup(self._stream.fileno()), self.name)
+
+    def whole(self, workspace: Workspace) -> FileSource | Spool:
+        """All of the input, to be read at any offset: the regular file itself, or a spool of what came."""
+        if self.regular:
+            return workspace.adopt(self.as_file())
+        spool = workspace.spool()
+        buffer = memoryview(bytearray(_BUFFER_SIZE))
+        size = 0
+        while got := self.read_into(buffer):
+            for at in range(0, got, _PIECE_SIZE):
+                piece = bytes(buffer[at : min(at + _PIECE_SIZE, got)])
+                if piece != _ZERO_PIECE[: len(piece)]:  # where it is zeros, the spool gets a hole
+                    spool.write_at(size + at, piece)
+            size += got
+        spool.resize(size)
+        return spool
 
     def _read(self, buffer: memoryview) -> int:
         try:

@@ -12,13 +12,8 @@ from pathlib import Path
 
 from imagefs.errors import UnsupportedInputError, UsageError
 from imagefs.formats.base import Input, NativeRecorder, Workspace
-from imagefs.formats.spool import Spool
 from imagefs.image.capture import ByteSource, BytesSource, Capture
 from imagefs.image.geometry import PAGE_SIZE, flat_geometry
-
-_BUFFER_SIZE = 4 << 20
-_PIECE_SIZE = 64 << 10
-_ZERO_PIECE = bytes(_PIECE_SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +46,7 @@ class Raw:
             raise UsageError(f"--memory {memory_files[0]}: a raw image is the memory already")
         if source.directory is not None:
             raise UsageError(f"{source.name} is a directory, not a raw image")
-        memory: ByteSource = workspace.adopt(source.as_file()) if source.regular else _spool(source, workspace)
+        memory: ByteSource = source.whole(workspace)
         size = memory.size
         if size == 0:
             raise UnsupportedInputError(f"{source.name} is empty", field="memory", offset=0)
@@ -74,18 +69,3 @@ class Raw:
 
 
 FORMAT = Raw()
-
-
-def _spool(source: Input, workspace: Workspace) -> Spool:
-    """The whole input; where it is zeros, the spool gets a hole."""
-    spool = workspace.spool()
-    buffer = memoryview(bytearray(_BUFFER_SIZE))
-    size = 0
-    while got := source.read_into(buffer):
-        for at in range(0, got, _PIECE_SIZE):
-            piece = bytes(buffer[at : min(at + _PIECE_SIZE, got)])
-            if piece != _ZERO_PIECE[: len(piece)]:
-                spool.write_at(size + at, piece)
-        size += got
-    spool.resize(size)
-    return spool

@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imagefs.errors import NoSpaceError, UnsupportedInputError, UsageError
@@ -227,6 +227,17 @@ class FileSource:
 
     def next_data(self, offset: int) -> int:
         return _next_data(self._fd, offset, self._size)
+
+    def data_extents(self) -> Iterator[tuple[int, int]]:
+        """Start and end of everything in the file that is no hole, in order; all of it where holes are not known."""
+        at = self.next_data(0)
+        while at < self._size:
+            end = min(os.lseek(self._fd, at, os.SEEK_HOLE), self._size)
+            yield at, end
+            at = self.next_data(end)
+
+    def has_holes(self) -> bool:
+        return next(self.data_extents(), None) != (0, self._size)
 
     def _check(self, offset: int, complete: bool) -> None:
         status = os.fstat(self._fd)

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 import tests.unit
+from imagefs.image.geometry import PAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Sample:
     lengths: tuple[Length, ...] = ()
     may_end: Callable[[str, int], bool] = field(default=_never)
     """Whether a file may end after so many bytes: the image is another one then, and nothing is wrong with it."""
+    sparse: frozenset[str] = frozenset()
+    """Files whose pages of zeros are holes."""
 
     @classmethod
     def of_file(
@@ -76,8 +79,20 @@ class Sample:
         for name, data in {**self.files, **(changed or {})}.items():
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            self.write_file(path, name, data)
         return directory / self.source, [directory / name for name in self.memory]
+
+    def write_file(self, path: Path, name: str, data: bytes) -> None:
+        """One of the files, with its holes."""
+        if name not in self.sparse:
+            path.write_bytes(data)
+            return
+        with open(path, "wb") as file:
+            for at in range(0, len(data), PAGE_SIZE):
+                if any(data[at : at + PAGE_SIZE]):
+                    file.seek(at)
+                    file.write(data[at : at + PAGE_SIZE])
+            file.truncate(len(data))
 
 
 @cache

@@ -122,7 +122,7 @@ def test_unknown_format_is_refused(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "7f454c4602010100" in text
     assert "8,192 bytes" in text
-    assert "--format (qemu-migration, raw)" in text
+    assert f"--format ({', '.join(format_names())})" in text
     with (
         pytest.raises(UnsupportedInputError, match=r"it begins with 6162; say"),
         open_capture(io.BytesIO(b"ab"), spool_dir=tmp_path),
@@ -133,11 +133,11 @@ def test_unknown_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_names(tmp_path: Path) -> None:
-    assert format_names() == ["qemu-migration", "raw"]
+    assert {"qemu-migration", "raw"} < set(format_names())
     path = tmp_path / "save"
     path.write_bytes(bytes(PAGE_SIZE))
     with (
-        pytest.raises(UsageError, match=r"--format vmdk: unknown; known are qemu-migration, raw"),
+        pytest.raises(UsageError, match=r"--format vmdk: unknown; known are .*qemu-migration, .*raw"),
         open_capture(path, spool_dir=tmp_path, format="vmdk"),
     ):
         pass
