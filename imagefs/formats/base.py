@@ -6,8 +6,9 @@ import io
 import os
 import select
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self, cast
@@ -15,7 +16,7 @@ from typing import BinaryIO, Protocol, Self, cast
 from imagefs.errors import UnsupportedInputError, UsageError
 from imagefs.formats.spool import FileSource, Spool
 from imagefs.image.capture import ByteSource, Capture
-from imagefs.image.native import NativeTemplate, TemplateBuilder
+from imagefs.image.native import ENTRY_SIZE, PAGES, Entry, NativeTemplate, TemplateBuilder
 
 HEAD_SIZE = 64 << 10
 """Bytes from which a format must be recognised."""
@@ -23,6 +24,8 @@ HEAD_SIZE = 64 << 10
 _BUFFER_SIZE = 4 << 20
 _PIECE_SIZE = 64 << 10
 _ZERO_PIECE = bytes(_PIECE_SIZE)
+_RENUMBERED = 4096
+"""Entries of a template in memory at a time."""
 
 
 class Workspace:
@@ -161,8 +164,30 @@ class NativeRecorder:
         self._literals = workspace.spool()
         self.builder = TemplateBuilder(self._entries.append, self._literals.append)
 
-    def finish(self, exceptions: ByteSource, superseded: ByteSource) -> NativeTemplate:
+    def finish(
+        self,
+        exceptions: ByteSource,
+        superseded: ByteSource,
+        page_of: Callable[[int], int | None] | None = None,
+    ) -> NativeTemplate:
+        """``page_of`` turns what the builder was given as page numbers into those of ``memory``, for formats that
+        learn too late where memory's pages are; what was consecutive must stay so."""
         self.builder.finish()
         self._entries.flush()
         self._literals.flush()
+        if page_of is not None:
+            self._renumber(page_of)
         return NativeTemplate(self.builder.size, self._entries, self._literals, exceptions, superseded)
+
+    def _renumber(self, page_of: Callable[[int], int | None]) -> None:
+        for at in range(0, self._entries.size, _RENUMBERED * ENTRY_SIZE):
+            data = self._entries.read_at(at, _RENUMBERED * ENTRY_SIZE)
+            entries = []
+            for offset in range(0, len(data), ENTRY_SIZE):
+                entry = Entry.unpack(data, offset)
+                if entry.kind == PAGES:
+                    page = page_of(entry.page)
+                    assert page is not None
+                    entry = replace(entry, page=page)
+                entries.append(entry.pack())
+            self._entries.write_at(at, b"".join(entries))

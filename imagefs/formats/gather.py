@@ -136,6 +136,9 @@ class GatheredMemory:
 
     def _gather(self, native: int, stride: int, into: memoryview) -> None:
         """Pages that are ``stride`` bytes apart: read with what is between them, in one system call."""
+        if stride == PAGE_SIZE:
+            self._source.scatter_at(native, [into])
+            return
         between = bytearray(max(0, stride - PAGE_SIZE))
         pieces: list[memoryview | bytearray] = [into[:PAGE_SIZE]]
         for at in range(PAGE_SIZE, len(into), PAGE_SIZE):

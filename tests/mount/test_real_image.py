@@ -27,6 +27,7 @@ from tests.faults.mounts import Mounter, RealMount
 from tests.mount.conftest import environment
 from tests.unit.captures import capture_of
 from tests.unit.streams import PAGE, Kind, Options, Record, build
+from tests.unit.xen_streams import JSON, hvm_stream, libxl, page_data, xl
 
 ZERO_WINDOWS = (range(3, 6), range(30, 32))
 
@@ -91,6 +92,27 @@ def pc_image(directory: Path, store: Path) -> Shown:
     return Shown(RealImage(store, "pc", native, memory), geometry, state, config)
 
 
+def xen_image(directory: Path, store: Path) -> Shown:
+    """A live-migrated guest with holes in its memory."""
+    rng = random.Random(9)
+    memory = memory_of(32, 9, ZERO_WINDOWS)
+    low = 20 * 16 * PAGE_SIZE
+    geometry = Geometry((Region("ram0", 0, low, 0), Region("ram1", 0xFC000000, len(memory) - low, low)))
+    order = list(range(geometry.pages))
+    rng.shuffle(order)
+    sent = [(page, rng.randbytes(PAGE_SIZE)) for page in order if page % 11 == 5]
+    sent += [
+        (page, memory[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]) for page in [*order[:200], *range(geometry.pages)]
+    ]
+    records = [sent[at : at + 100] for at in range(0, len(sent), 100)]
+    entries = [[(geometry.pfn_of_page(page), 0, data) for page, data in each] for each in records]
+    built = xl(libxl(hvm_stream(b"".join(map(page_data, entries)))))
+    source = directory / "xen.save"
+    source.write_bytes(built)
+    image = split(source, store, "xen", memory)
+    return Shown(image, geometry, xl(libxl(hvm_stream(b""))), {"xl.json": JSON[:-1]})
+
+
 def directory_image(directory: Path, store: Path) -> Shown:
     """A native file that is several: their ends are in the middle of pages, and one has none of them."""
     image = split_raw(directory, store, "files", memory_of(32, 8, ZERO_WINDOWS))
@@ -111,7 +133,7 @@ def directory_image(directory: Path, store: Path) -> Shown:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Shown]:
     directory = tmp_path_factory.mktemp("images")
-    makers = {"raw": raw_image, "qemu": qemu_image, "pc": pc_image, "files": directory_image}
+    makers = {"raw": raw_image, "qemu": qemu_image, "pc": pc_image, "xen": xen_image, "files": directory_image}
     return {name: make(directory, directory / "store") for name, make in makers.items()}
 
 
@@ -127,7 +149,7 @@ def mount(tmp_path: Path) -> Iterator[Mounter]:
         yield mounter
 
 
-EVERY_IMAGE = pytest.mark.parametrize("name", ["raw", "qemu", "pc"])
+EVERY_IMAGE = pytest.mark.parametrize("name", ["raw", "qemu", "pc", "xen"])
 
 
 @EVERY_IMAGE
