@@ -327,7 +327,6 @@ def test_genuine_stream(tmp_path: Path) -> None:
         kinds: Counter[str] = Counter()
         for run in capture.essential:
             kinds[run.kind] += run.count
-        assert kinds["pml4"] == 1
-        assert sum(kinds.values()) == 101
+        assert kinds == {"pml4": 1, "pdpt": 69, "pd": 8, "pt": 23, "ktext": 3586}
         assert b'"type": "pvh"' in capture.config["xl.json"]
         assert capture.state.size == 4949
