@@ -8,8 +8,8 @@ setup(
         # No Python in it: it is built as an extension so that it is installed beside the package.
         Extension(
             "imagefs._preload",
-            sources=["native/preload.c", "native/regions.c"],
-            depends=["native/regions.h"],
+            sources=[f"native/{part}.c" for part in ["preload", "preload_pager", "regions", "userfault"]],
+            depends=[f"native/{part}.h" for part in ["preload_pager", "regions", "userfault"]],
             extra_compile_args=["-std=c11", "-O2", "-Wall", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],
         )

@@ -16,9 +16,13 @@ from imagefs._native import ffi, lib
 from imagefs.errors import RestoreError
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from imagefs._native import CData
 
 NO_PAGE = 2**64 - 1
+STATE_NAME = "imagefs-pager"
+"""Of the memfd that holds a pager's state, in /proc/PID/fd."""
 SECONDS_TO_STOP = 5.0
 """How long close() waits for threads that read the mount; pulled out of the air."""
 
@@ -28,7 +32,9 @@ class Status(Enum):
     STOPPED = 1
     VMM_GONE = 2
     FAILED = 3
-    """The owner must stop the VMM: :attr:`Pager.error` says why."""
+    """:attr:`Pager.error` says why. The owner must stop the VMM, or begin anew once the mount can be read again."""
+    COMPLETE = 4
+    """The VMM has all of its memory and needs no pager any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +80,77 @@ class PagerStatistics:
 
 
 class PagerError(RestoreError):
-    """The right page cannot be had; ``page`` is None where no page is to blame."""
+    """The right page cannot be had; ``page`` is None where no page is to blame. ``reading`` is the errno with which
+    the mount's ``memory`` could not be read, 0 for other failures."""
 
-    def __init__(self, reason: str, page: int | None) -> None:
+    def __init__(self, reason: str, page: int | None = None, reading: int = 0) -> None:
+        self.reason = reason
         self.page = page
+        self.reading = reading
         super().__init__(f"fault helper: {reason}")
 
 
-def new_state(pages: int) -> int:
+def new_state(pages: int, spare: int = 0) -> int:
     """A file descriptor of fresh shared state for an image of that many pages. The caller keeps and closes it.
+    Behind the state are ``spare`` bytes or more, for the caller.
 
     It outlives the process that serves if another process holds it, too. ValueError for too many pages.
     """
-    size = lib.imagefs_pager_state_size(pages)
-    if not size:
-        raise ValueError(f"{pages} pages: more than a pager can serve")
-    fd = os.memfd_create("imagefs-pager", os.MFD_CLOEXEC)
+    size = state_size(pages)
+    fd = os.memfd_create(STATE_NAME, os.MFD_CLOEXEC)
     try:
-        os.ftruncate(fd, size)
+        os.ftruncate(fd, size + spare)
     except OSError:
         os.close(fd)
         raise
     return fd
+
+
+def check_regions(regions: Sequence[PagerRegion], pages: int) -> None:
+    """PagerError where no VMM can have such regions over a ``memory`` of that many pages."""
+    why = ffi.new("char[]", 256)
+    areas = _regions(regions)
+    if lib.imagefs_pager_check_regions(areas, len(areas), pages, why, len(why)):
+        raise PagerError(ffi.string(why).decode())
+
+
+def open_userfaultfd(*, moves: bool) -> int:
+    """A userfaultfd of this process; ``moves`` asks for the events of munmap and mremap. OSError."""
+    uffd = lib.imagefs_userfault_open(moves)
+    if uffd < 0:
+        raise OSError(-uffd, os.strerror(-uffd))
+    return uffd
+
+
+def register(uffd: int, address: int, size: int) -> None:
+    """Anonymous private memory of this process, which it must not touch before a pager serves it. OSError."""
+    error = -lib.imagefs_userfault_register(uffd, address, size)
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
+def register_mapping(uffd: int, mapping: Buffer) -> PagerRegion:
+    """All of an anonymous private mapping of whole pages, as a region over the beginning of ``memory``. OSError."""
+    with ffi.from_buffer("uint8_t[]", mapping) as view:
+        region = PagerRegion(int(ffi.cast("uintptr_t", view)), len(view), 0)
+    register(uffd, region.address, region.size)
+    return region
+
+
+def fetch_descriptor(pidfd: int, number: int) -> int:
+    """A copy of another process's file descriptor. OSError."""
+    fd = lib.imagefs_userfault_fetch(pidfd, number)
+    if fd < 0:
+        raise OSError(-fd, os.strerror(-fd))
+    return fd
+
+
+def state_size(pages: int) -> int:
+    """Bytes of the shared state of an image of that many pages. ValueError for too many."""
+    size = lib.imagefs_pager_state_size(pages)
+    if not size:
+        raise ValueError(f"{pages} pages: more than a pager can serve")
+    return size
 
 
 def state_statistics(state_fd: int) -> PagerStatistics | None:
@@ -122,26 +177,29 @@ class Pager:
         ahead: bool = True,
         event_threads: int = 0,
         fetch_threads: int = 0,
+        failure_signal: int = 0,
     ) -> None:
         """``pages`` is that of ``memory``; ``order`` is (page, count) of what to install first. 0 threads: default.
+        ``failure_signal`` ends this process where the pager fails: for a process that pages itself.
 
         A ``state_fd`` that is in use is taken over, its pager being dead; ``regions`` do not matter then.
         PagerError where it cannot begin: wrong regions, no file descriptors, a state of something else.
         """
         options = ffi.new("struct imagefs_pager_options *")
-        areas = ffi.new("struct imagefs_pager_region[]", [(r.address, r.size, r.offset, r.page_size) for r in regions])
+        areas = _regions(regions)
         runs = ffi.new("struct imagefs_pager_run[]", list(order))
         options.uffd, options.state_fd, options.memory_fd = uffd, state_fd, memory_fd
         options.cache_fd, options.present_fd = (cache.pages_fd, cache.present_fd) if cache else (-1, -1)
         options.arrivals_fd, options.trace_fd = arrivals_fd, trace_fd
         options.event_threads, options.fetch_threads, options.ahead = event_threads, fetch_threads, ahead
+        options.failure_signal = failure_signal
         options.pages = pages
         options.regions, options.region_count = areas, len(areas)
         options.order, options.order_count = runs, len(runs)
         why = ffi.new("char[]", 256)
         self._pager = lib.imagefs_pager_create(options, why, len(why))
         if self._pager == ffi.NULL:
-            raise PagerError(ffi.string(why).decode(), None)
+            raise PagerError(ffi.string(why).decode())
         self._closed = False
 
     def __repr__(self) -> str:
@@ -162,7 +220,8 @@ class Pager:
         out = ffi.new("struct imagefs_pager_failure *")
         if not lib.imagefs_pager_get_failure(self._open(), out):
             return None
-        return PagerError(ffi.string(out.text).decode(), None if out.page == NO_PAGE else out.page)
+        page = None if out.page == NO_PAGE else out.page
+        return PagerError(ffi.string(out.text).decode(), page, out.error if out.reading else 0)
 
     def fileno(self) -> int:
         """Readable once the pager has ended; the pager's own."""
@@ -177,7 +236,7 @@ class Pager:
         """Serve. Once. PagerError where threads cannot be had."""
         error = lib.imagefs_pager_start(self._open())
         if error:
-            raise PagerError(f"no threads: {os.strerror(error)}", None)
+            raise PagerError(f"no threads: {os.strerror(error)}")
 
     def wait(self, seconds: float | None = None) -> Status:
         """Until it ends, at most ``seconds``; what it is then."""
@@ -201,6 +260,13 @@ class Pager:
         if self._closed:
             raise ValueError("the pager is closed")
         return self._pager
+
+
+def _regions(regions: Sequence[PagerRegion]) -> CData:
+    made: CData = ffi.new(
+        "struct imagefs_pager_region[]", [(r.address, r.size, r.offset, r.page_size) for r in regions]
+    )
+    return made
 
 
 def _statistics(out: CData) -> PagerStatistics:

@@ -8,9 +8,10 @@ from pathlib import Path
 from cffi import FFI
 
 NATIVE = Path(__file__).resolve().parent
-HEADERS = ["pages.h", "pager.h"]
+HEADERS = ["pages.h", "pager.h", "userfault.h"]
 SOURCES = [
     "pages.c",
+    "userfault.c",
     "pager.c",
     *(f"pager_{part}.c" for part in ["ahead", "events", "fetch", "install", "source", "state", "trace"]),
 ]

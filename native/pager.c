@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,6 +35,16 @@ static void signal_fd(int fd)
         return;
 }
 
+/* Nothing else of this process can be relied on: a thread that waits for a page may hold any lock. */
+static void end_process(const struct imagefs_pager *pager)
+{
+    struct sigaction plainly = {.sa_handler = SIG_DFL};
+
+    if (dprintf(STDERR_FILENO, "imagefs: fault helper: %s\n", pager->failure.text) < 0 ||
+        sigaction(pager->options.failure_signal, &plainly, NULL) || kill(getpid(), pager->options.failure_signal))
+        _exit(1);
+}
+
 /* The first end counts. Requires: `lock` held. */
 static int end_locked(struct imagefs_pager *pager, int status)
 {
@@ -53,15 +64,11 @@ void pager_end(struct imagefs_pager *pager, int status)
     pthread_mutex_unlock(&pager->lock);
 }
 
-void pager_fail(struct imagefs_pager *pager, int error, uint64_t page, const char *format, ...)
+static void fail(struct imagefs_pager *pager, struct imagefs_pager_failure failure, const char *what)
 {
-    struct imagefs_pager_failure failure = {.error = error, .page = page};
-    char what[128];
-    va_list arguments;
+    int error = failure.error;
+    uint64_t page = failure.page;
 
-    va_start(arguments, format);
-    vsnprintf(what, sizeof what, format, arguments);
-    va_end(arguments);
     if (page == NO_PAGE)
         snprintf(failure.text, sizeof failure.text, "%s%s%s", what, error ? ": " : "", error ? strerror(error) : "");
     else
@@ -71,8 +78,28 @@ void pager_fail(struct imagefs_pager *pager, int error, uint64_t page, const cha
     if (pager_running(pager)) {
         pager->failure = failure;
         end_locked(pager, IMAGEFS_PAGER_FAILED);
+        if (pager->options.failure_signal)
+            end_process(pager);
     }
     pthread_mutex_unlock(&pager->lock);
+}
+
+void pager_fail(struct imagefs_pager *pager, int error, uint64_t page, const char *format, ...)
+{
+    char what[128];
+    va_list arguments;
+
+    va_start(arguments, format);
+    vsnprintf(what, sizeof what, format, arguments);
+    va_end(arguments);
+    fail(pager, (struct imagefs_pager_failure){.error = error, .page = page}, what);
+}
+
+void pager_fail_reading(struct imagefs_pager *pager, int error, uint64_t page)
+{
+    struct imagefs_pager_failure failure = {.error = error, .page = page, .reading = error != ENODATA};
+
+    fail(pager, failure, error == ENODATA ? "memory ends before it" : "it cannot be read");
 }
 
 static struct imagefs_pager *refuse(struct imagefs_pager *pager, char *why, size_t size, const char *what)

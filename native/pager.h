@@ -57,6 +57,8 @@ struct imagefs_pager_options {
     uint32_t window_pages;  /* fetched and installed around a touch; 0: default; a power of two */
     uint32_t batch_pages;   /* installed ahead at a time, which is what a touch may have to wait for; 0: default */
     uint32_t ahead;         /* whether to install what is here ahead of touches */
+    int failure_signal;     /* ends this process when the pager fails, after a line on standard error: for a process
+                               that pages itself, and whose other threads may wait for ever. 0: none */
     uint64_t pages;         /* of `memory` */
     const struct imagefs_pager_region *regions; /* ignored when taking over: the state knows where they are now */
     size_t region_count;
@@ -90,11 +92,13 @@ enum imagefs_pager_status {
     IMAGEFS_PAGER_RUNNING,
     IMAGEFS_PAGER_STOPPED,  /* by its owner */
     IMAGEFS_PAGER_VMM_GONE,
-    IMAGEFS_PAGER_FAILED    /* the owner must stop the VMM */
+    IMAGEFS_PAGER_FAILED,   /* the owner must stop the VMM, or begin a new one if `memory` can be read again */
+    IMAGEFS_PAGER_COMPLETE  /* all pages were answered, and the regions are no longer registered */
 };
 
 struct imagefs_pager_failure {
     int32_t error; /* errno, or 0 */
+    uint32_t reading; /* whether it was a read of `memory`, which may succeed later */
     uint64_t page; /* of `memory`; all bits set if the failure has none */
     char text[192];
 };
@@ -103,6 +107,10 @@ struct imagefs_pager;
 
 /* Bytes of the shared state of an image of that many pages; 0 for more pages than 2^40. */
 size_t imagefs_pager_state_size(uint64_t pages);
+
+/* Whether a VMM may have such regions over a `memory` of that many pages. Returns 0, or -1 with a line in why. */
+int imagefs_pager_check_regions(const struct imagefs_pager_region *regions, size_t count, uint64_t pages, char *why,
+                                size_t why_size);
 
 /*
  * A pager, not yet serving. NULL on failure, with a line in `why` (of why_size bytes, may be 0): nothing is changed

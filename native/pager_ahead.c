@@ -147,12 +147,14 @@ static void take_line(struct ahead *ahead, char *line)
         sweep(ahead, page, count < pages - page ? page + count : pages);
 }
 
-/* Lines until the end of the stream, when all has arrived. An unreadable stream only ends the installing ahead. */
-static void follow_arrivals(struct ahead *ahead)
+/* Lines until the end of the stream. Returns whether all has arrived; an unreadable stream only ends the installing
+ * ahead. */
+static int follow_arrivals(struct ahead *ahead)
 {
     struct imagefs_pager *pager = ahead->pager;
     char *text = malloc(LINES + 1);
     size_t have = 0;
+    int all = 0;
 
     while (text && pager_running(pager)) {
         ssize_t got = read(pager->options.arrivals_fd, text + have, LINES - have);
@@ -160,6 +162,7 @@ static void follow_arrivals(struct ahead *ahead)
 
         if (got < 0 && errno == EINTR)
             continue;
+        all = got == 0;
         if (got <= 0)
             break;
         have += (size_t)got;
@@ -174,6 +177,30 @@ static void follow_arrivals(struct ahead *ahead)
         memmove(text, line, have);
     }
     free(text);
+    return all;
+}
+
+/* All has arrived: the pages that the cache could not take, too. */
+static void install_rest(struct ahead *ahead)
+{
+    struct imagefs_pager *pager = ahead->pager;
+    const uint8_t *answered = pager_answered(pager->state);
+    uint64_t batch = pager->options.batch_pages;
+
+    for (uint64_t page = 0, end; page < pager->options.pages && pager_running(pager); page = end) {
+        uint64_t first, unit = pager_unit(pager, page, &first);
+
+        end = page + 1;
+        if (unit == 0 || page != first || imagefs_bits_all(answered, page, 1))
+            continue;
+        end = page + unit;
+        while (unit == 1 && end < pager->options.pages && end - page < batch && !imagefs_bits_all(answered, end, 1))
+            end++;
+        if (pager_read_memory(pager, page, end - page, ahead->buffer) ||
+            !install_batch(ahead, page, end - page, ahead->buffer))
+            return; /* whoever touches it finds out */
+    }
+    pager_complete(pager);
 }
 
 void *pager_ahead(void *argument)
@@ -196,8 +223,8 @@ void *pager_ahead(void *argument)
                       : options->pages);
     if (pager->present)
         sweep(&ahead, 0, options->pages);
-    if (options->arrivals_fd >= 0)
-        follow_arrivals(&ahead);
+    if (options->arrivals_fd >= 0 && follow_arrivals(&ahead))
+        install_rest(&ahead);
     free(ahead.buffer);
     return NULL;
 }

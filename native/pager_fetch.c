@@ -97,7 +97,7 @@ static void fetch(struct imagefs_pager *pager, const struct pager_fault *fault, 
         end = first + count;
         error = read_pages(pager, first, count, buffer);
         if (error) {
-            pager_fail(pager, error, first, error == ENODATA ? "memory ends before it" : "it cannot be read");
+            pager_fail_reading(pager, error, first);
             return;
         }
     }

@@ -227,3 +227,36 @@ uint64_t pager_unit(struct imagefs_pager *pager, uint64_t page, uint64_t *first)
     pthread_rwlock_unlock(&pager->changes);
     return unit;
 }
+
+/* Requires: `changes` held exclusively. */
+static int is_all_answered(struct pager_state *state)
+{
+    const struct pager_table *table = &state->tables[state->active];
+
+    for (uint64_t i = 0; i < table->count; i++)
+        if (!imagefs_bits_all(pager_answered(state), table->at[i].page, table->at[i].size / PAGE))
+            return 0;
+    return 1;
+}
+
+void pager_complete(struct imagefs_pager *pager)
+{
+    const struct pager_table *table;
+
+    pthread_rwlock_wrlock(&pager->changes);
+    table = &pager->state->tables[pager->state->active];
+    if (pager_running(pager) && is_all_answered(pager->state)) {
+        uint64_t i = 0;
+
+        /* It also wakes who waits there. Refused where part was unmapped and the message is still to come. */
+        for (; i < table->count; i++) {
+            struct uffdio_range range = {table->at[i].start, table->at[i].size};
+
+            if (ioctl(pager->options.uffd, UFFDIO_UNREGISTER, &range))
+                break;
+        }
+        if (i == table->count)
+            pager_end(pager, IMAGEFS_PAGER_COMPLETE);
+    }
+    pthread_rwlock_unlock(&pager->changes);
+}

@@ -127,6 +127,7 @@ int pager_running(struct imagefs_pager *pager);
 void pager_end(struct imagefs_pager *pager, int status);
 void pager_fail(struct imagefs_pager *pager, int error, uint64_t page, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
+void pager_fail_reading(struct imagefs_pager *pager, int error, uint64_t page);
 
 /* pager_install.c: each takes `changes` shared, and ends the pager where no other answer is left. */
 enum pager_result {
@@ -144,6 +145,8 @@ enum pager_result pager_answer(struct imagefs_pager *pager, const struct pager_f
                                const uint8_t *data);
 void pager_wake(struct imagefs_pager *pager, uint64_t address, uint64_t size);
 enum pager_result pager_unprotect(struct imagefs_pager *pager, uint64_t address);
+/* If all that is mapped is answered: let the kernel serve it, which has zeros for what was given back, and end. */
+void pager_complete(struct imagefs_pager *pager);
 /* Pages of one installation at `page`, 1 or 512; the first of them into *first. 0 if the page is not mapped now. */
 uint64_t pager_unit(struct imagefs_pager *pager, uint64_t page, uint64_t *first);
 

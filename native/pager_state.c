@@ -46,36 +46,36 @@ static int overlap(uint64_t a, uint64_t b, uint64_t size_a, uint64_t size_b)
     return a < b + size_b && b < a + size_a;
 }
 
-static int check_regions(const struct imagefs_pager_options *options, char *why, size_t size)
+int imagefs_pager_check_regions(const struct imagefs_pager_region *regions, size_t count, uint64_t pages, char *why,
+                                size_t why_size)
 {
-    if (options->region_count == 0 || options->region_count > IMAGEFS_PAGER_RANGES) {
-        snprintf(why, size, "%zu regions: between 1 and %d are understood", options->region_count,
-                 IMAGEFS_PAGER_RANGES);
+    uint64_t memory = pages * PAGE;
+
+    if (count == 0 || count > IMAGEFS_PAGER_RANGES) {
+        snprintf(why, why_size, "%zu regions: between 1 and %d are understood", count, IMAGEFS_PAGER_RANGES);
         return -1;
     }
-    for (size_t i = 0; i < options->region_count; i++) {
-        const struct imagefs_pager_region *one = &options->regions[i];
-        uint64_t memory = options->pages * PAGE;
+    for (size_t i = 0; i < count; i++) {
+        const struct imagefs_pager_region *one = &regions[i];
 
         if (one->page_size != PAGE && one->page_size != 512 * PAGE) {
-            snprintf(why, size, "region %zu: page size %llu is neither 4096 nor 2097152", i,
+            snprintf(why, why_size, "region %zu: page size %llu is neither 4096 nor 2097152", i,
                      (unsigned long long)one->page_size);
             return -1;
         }
         if (one->size == 0 || one->size % one->page_size || one->address % one->page_size || one->offset % PAGE) {
-            snprintf(why, size, "region %zu: address, size or offset is not a multiple of the page size", i);
+            snprintf(why, why_size, "region %zu: address, size or offset is not a multiple of the page size", i);
             return -1;
         }
         if (one->address + one->size < one->address || one->size > memory || one->offset > memory - one->size) {
-            snprintf(why, size, "region %zu: reaches beyond the memory's %llu bytes", i, (unsigned long long)memory);
+            snprintf(why, why_size, "region %zu: reaches beyond the memory's %llu bytes", i,
+                     (unsigned long long)memory);
             return -1;
         }
         for (size_t j = 0; j < i; j++) {
-            const struct imagefs_pager_region *other = &options->regions[j];
-
-            if (overlap(one->address, other->address, one->size, other->size) ||
-                overlap(one->offset, other->offset, one->size, other->size)) {
-                snprintf(why, size, "regions %zu and %zu overlap", j, i);
+            if (overlap(one->address, regions[j].address, one->size, regions[j].size) ||
+                overlap(one->offset, regions[j].offset, one->size, regions[j].size)) {
+                snprintf(why, why_size, "regions %zu and %zu overlap", j, i);
                 return -1;
             }
         }
@@ -99,7 +99,7 @@ int pager_state_open(struct pager_state *state, const struct imagefs_pager_optio
         snprintf(why, size, "the state is not that of a pager of this version");
         return -1;
     }
-    if (check_regions(options, why, size))
+    if (imagefs_pager_check_regions(options->regions, options->region_count, options->pages, why, size))
         return -1;
     state->pages = options->pages;
     state->began = nanoseconds();

@@ -6,6 +6,9 @@
  * across the link instead of 3. So here, mappings of that file are marked MADV_RANDOM, and MADV_HUGEPAGE on
  * them becomes MADV_RANDOM. Everything else reaches the kernel as it was asked for.
  *
+ * With a pager (IMAGEFS_PAGER) the file is not mapped at all: anonymous memory takes its place (preload_pager.c), and
+ * all advice passes.
+ *
  * Processes that the VMM starts inherit the shim. One that never maps the file sees no change but an fstat for
  * each file that it maps; without IMAGEFS_MEMORY not even that.
  *
@@ -14,6 +17,7 @@
  */
 #define _GNU_SOURCE
 
+#include "preload_pager.h"
 #include "regions.h"
 
 #include <errno.h>
@@ -35,6 +39,7 @@
 static struct {
     const char *path; /* set once by the constructor, before threads; NULL: the shim does nothing */
     size_t page_size;
+    bool paged; /* set once as well: guest memory goes to a pager */
 
     pthread_mutex_t lock; /* for all that follows; never held across a system call */
     bool identified;
@@ -60,6 +65,7 @@ __attribute__((constructor)) static void start(void)
     if (!path || !*path)
         return;
     shim.page_size = (size_t)sysconf(_SC_PAGESIZE);
+    shim.paged = imagefs_preload_pager_start();
     /* A child of fork must not inherit the lock from a thread that it does not have. */
     pthread_atfork(lock, unlock, unlock);
     shim.path = path;
@@ -160,12 +166,16 @@ static void mapped(uintptr_t start, size_t length, bool guest_memory)
 
 INTERPOSE void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
 {
-    long at = syscall(SYS_mmap, address, length, (long)protection, (long)flags, (long)fd, offset);
-    int saved = errno;
+    long at;
+    int saved;
 
+    if (shim.paged && !(flags & MAP_ANONYMOUS) && (is_guest_memory(fd) || imagefs_preload_pager_is_substitute(fd)))
+        return imagefs_preload_pager_map(address, length, protection, flags, fd, offset);
+    at = syscall(SYS_mmap, address, length, (long)protection, (long)flags, (long)fd, offset);
+    saved = errno;
     if (at == -1)
         return MAP_FAILED;
-    if (shim.path) {
+    if (shim.path && !shim.paged) {
         mapped((uintptr_t)at, length, !(flags & MAP_ANONYMOUS) && is_guest_memory(fd));
         errno = saved;
     }

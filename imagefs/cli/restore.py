@@ -6,15 +6,17 @@ import argparse
 import os
 import resource
 import signal
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from imagefs.cli.signals import signals_as_exceptions
 from imagefs.errors import UsageError
+from imagefs.restore import pager_door
 from imagefs.restore.door import Request
 from imagefs.restore.doors import AUTO, choose_door, door_names
-from imagefs.restore.mountpoint import read_mountpoint
+from imagefs.restore.mountpoint import read_memory, read_mountpoint
+from imagefs.restore.pager_door import reattach, serve_socket
 from imagefs.restore.postcopy_door import recover_guest
+from imagefs.restore.reattach import find_by_pid, find_by_socket
 
 DESCRIPTION = """\
 Resume the guest whose image is mounted at MOUNTPOINT: it runs at once, and its memory
@@ -29,13 +31,20 @@ where they are missing, and -incoming. A machine, a size of RAM or a number of C
 not the image's is refused. Disks must be as they were when the guest was suspended.
 
 Signals and exit status are QEMU's own. By the door mmap QEMU takes the place of this command; by
-the door postcopy it is the command's child, and the mount is no longer needed once all pages have
-come. The guest goes on where it stopped, unless -S is among QEMU's arguments.
+the doors pager and postcopy it is the command's child. The guest goes on where it stopped, unless
+-S is among QEMU's arguments.
+
+    imagefs restore /mnt/vm1 --socket PATH
+
+serves any VMM that hands its memory over through a socket, as Firecracker does ("backend_type":
+"Uffd"). If such a command or that of a QEMU by the door pager was killed, then
+
+    imagefs restore /mnt/vm1 --reattach --socket PATH
+    imagefs restore /mnt/vm1 --reattach --pid QEMU
+
+take over; the guest waits meanwhile. By the door postcopy that is
 
     imagefs restore /mnt/vm1 --recover --qmp SOCKET
-
-sends the rest of the pages to a QEMU that was started by the door postcopy, and whose restore
-command was killed.
 """
 
 
@@ -44,6 +53,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.usage = (
         "imagefs restore MOUNTPOINT [--door DOOR] [--print] -- QEMU ARGS...\n"
+        "       imagefs restore MOUNTPOINT [--door pager] --socket PATH\n"
+        "       imagefs restore MOUNTPOINT --reattach --socket PATH\n"
+        "       imagefs restore MOUNTPOINT --reattach --pid QEMU\n"
         "       imagefs restore MOUNTPOINT --recover --qmp SOCKET"
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", type=Path, help="where the image is mounted")
@@ -57,8 +69,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--print", action="store_true", dest="print_only", help="print the command that would be run, for a shell"
     )
     parser.add_argument(
+        "--socket", action=_WithoutVmm, metavar="PATH", type=Path, help="listen there for the VMM's memory (door pager)"
+    )
+    parser.add_argument(
+        "--reattach",
+        action=_WithoutVmm,
+        nargs=0,
+        help="bring the pages for a VMM that lost its pager and the command that kept it alive (door pager)",
+    )
+    parser.add_argument("--pid", metavar="QEMU", type=int, help="with --reattach: the process of that QEMU")
+    parser.add_argument(
         "--recover",
-        action=_Recover,
+        action=_WithoutVmm,
+        nargs=0,
         help="be the new source of the pages for a QEMU that lost its own (door postcopy)",
     )
     parser.add_argument(
@@ -68,28 +91,38 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("vmm", metavar="QEMU ARGS...", nargs=argparse.PARSER, help="the QEMU command line")
 
 
-class _Recover(argparse.Action):
-    """A flag with which there is no QEMU command line."""
+class _WithoutVmm(argparse.Action):
+    """An option with which there need not be a QEMU command line; a flag where it takes no values."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=False, **options)
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object) -> None:
-        setattr(namespace, self.dest, True)
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, *_: object
+    ) -> None:
+        setattr(namespace, self.dest, values or True)
         for action in parser._actions:
             if action.dest == "vmm":
                 action.required = False
 
 
 def run(args: argparse.Namespace) -> int:
-    image = read_mountpoint(args.mountpoint)
     if args.recover or args.qmp:
-        if not (args.recover and args.qmp) or args.vmm:
+        if not (args.recover and args.qmp) or args.vmm or args.reattach:
             raise UsageError("--recover and --qmp SOCKET belong together, and QEMU runs already: no command line")
-        return recover_guest(image, args.qmp)
+        return recover_guest(read_mountpoint(args.mountpoint), args.qmp)
+    if args.reattach or args.pid is not None:
+        if not args.reattach or args.vmm or (args.pid is None) == (args.socket is None):
+            raise UsageError("--reattach goes with either --socket PATH or --pid QEMU, and no command line")
+        image = read_memory(args.mountpoint)
+        with signals_as_exceptions():
+            return reattach(image, find_by_socket(args.socket) if args.socket else find_by_pid(args.pid))
+    if args.socket and args.door not in (AUTO, pager_door.DOOR.name):
+        raise UsageError(f"--socket is for the door {pager_door.DOOR.name}, not {args.door}")
+    if not args.vmm:
+        with signals_as_exceptions():
+            return serve_socket(read_memory(args.mountpoint), args.socket)
     command = args.vmm[1:] if args.vmm[0] == "--" else args.vmm
-    request = Request(image, command, args.print_only)
-    status = choose_door(args.door, request).run(request)
+    request = Request(read_mountpoint(args.mountpoint), command, args.print_only, args.socket)
+    door = choose_door(pager_door.DOOR.name if args.socket else args.door, request)
+    status = door.run(request)
     if status < 0:
         _end_by(signal.Signals(-status))
     return status

@@ -5,4 +5,10 @@ from there to the VMM. Doors are small modules in the registry of :mod:`~imagefs
 :mod:`~imagefs.restore.qemu_command`, which makes the user's command line fit the image.
 
 The way in, a running QEMU to suspend, is :mod:`~imagefs.restore.suspend`. Nothing here knows stores or fetching.
+
+For programs that want the memory itself there is :func:`map_memory`.
 """
+
+from imagefs.restore.memory_map import LazyMemory, map_memory
+
+__all__ = ["LazyMemory", "map_memory"]

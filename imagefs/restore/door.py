@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from imagefs.errors import UsageError
@@ -20,6 +21,8 @@ class Request:
     """The VMM's command line, program first."""
     print_only: bool = False
     """Print what would be run, and run nothing."""
+    socket: Path | None = None
+    """Where the door pager listens; it finds a place by itself."""
 
 
 class Door(Protocol):

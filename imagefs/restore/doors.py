@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 
 from imagefs.errors import RestoreError, UsageError
-from imagefs.restore import mmap_door, postcopy_door
+from imagefs.restore import mmap_door, pager_door, postcopy_door
 from imagefs.restore.door import Door, Request
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
 
-DOORS: tuple[Door, ...] = (mmap_door.DOOR, postcopy_door.DOOR)
+DOORS: tuple[Door, ...] = (pager_door.DOOR, mmap_door.DOOR, postcopy_door.DOOR)
 """All there are, in the order in which ``auto`` tries them.
 
-mmap first: it leaves nothing but QEMU behind, needs no permission, and reads nothing that the guest does not touch,
-where postcopy brings all of the memory across, in the end. On the other hand mmap needs the mount until QEMU ends."""
+pager first: its faults are the fastest, and whoever dies (the pager, the mount's daemon, this command) the guest waits
+and can go on. It needs the right to use userfaultfd. mmap needs none, and reads nothing that the guest does not touch,
+but the mount until QEMU ends. postcopy brings all of the memory across in any case."""
 
 
 def door_names() -> list[str]:

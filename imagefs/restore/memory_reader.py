@@ -7,9 +7,9 @@ import json
 import logging
 import os
 import threading
-from pathlib import Path
+from typing import Any
 
-from imagefs.restore.mountpoint import METADATA, RestoreImage
+from imagefs.restore.mountpoint import METADATA, MountedImage
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between attempts, doubling. Pulled out of the air."""
 
 
-def identity(image: RestoreImage) -> str:
+def identity(image: MountedImage) -> str:
     """Of the image that is mounted; OSError where it cannot be read. No two suspended guests have the same."""
     digest = hashlib.sha256((image.mountpoint / METADATA).read_bytes())
     digest.update(image.state.read_bytes())
@@ -31,7 +31,7 @@ class MemoryReader:
     after its daemon has died. That it is the same image is seen to.
     """
 
-    def __init__(self, image: RestoreImage) -> None:
+    def __init__(self, image: MountedImage) -> None:
         """OSError where nothing can be read."""
         self._image = image
         self._identity = identity(image)
@@ -96,15 +96,12 @@ class MemoryReader:
         return file, os.fstat(file).st_dev
 
 
-def mount_file(image: RestoreImage, name: str) -> Path:
-    """A control file of the mount."""
-    return image.mountpoint / ".imagefs" / name
-
-
-def fetches_all(image: RestoreImage) -> bool:
-    """Whether the mount fetches what nobody reads, too."""
+def mount_status(image: MountedImage, *keys: str) -> Any:
+    """A value of the mount's status.json; None where it is not there."""
     try:
-        status = json.loads(mount_file(image, "status.json").read_bytes())
-        return bool(status["fetch"]["prefetch"] == "all")
+        found = json.loads(image.control("status.json").read_bytes())
+        for key in keys:
+            found = found[key]
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+    return found

@@ -6,21 +6,12 @@ pages from turning each touch into 2 MiB across the link. If the mount's daemon 
 
 from __future__ import annotations
 
-import logging
 import os
-import shlex
 import signal
-from collections.abc import Mapping
-from pathlib import Path
 
 from imagefs.errors import RestoreError
-from imagefs.native import preload_path
-from imagefs.restore.door import Request, find_program
-from imagefs.restore.incoming import incoming_of
-from imagefs.restore.qemu_command import restore_command
-from imagefs.restore.qemu_machine import list_machines
-
-log = logging.getLogger(__name__)
+from imagefs.restore.door import Request
+from imagefs.restore.mapping_qemu import mapping_qemu
 
 
 class MmapDoor:
@@ -34,38 +25,16 @@ class MmapDoor:
 
     def run(self, request: Request) -> int:
         """Does not return but for ``print_only``: QEMU takes this process over, so its exit status is its own."""
-        image = request.image
-        program = find_program(request)
-        incoming = incoming_of(image.state)
-        command = restore_command(request.command, image, incoming.value, lambda: list_machines(program))
-        for note in command.notes:
-            log.info("%s", note)
-        if not incoming.runs:
-            log.warning("%s: the guest was saved in a state that it stays in: 'cont' lets it go on", image.mountpoint)
-        added = _environment(image.memory, os.environ)
+        qemu = mapping_qemu(request)
         if request.print_only:
-            print(
-                " ".join(
-                    [*(f"{name}={shlex.quote(value)}" for name, value in added.items()), shlex.join(command.arguments)]
-                )
-            )
+            print(qemu.for_shell())
             return 0
         # Python ignores SIGPIPE, and what is ignored stays so across exec, also in QEMU's children.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         try:
-            os.execve(program, command.arguments, {**os.environ, **added})
+            os.execve(qemu.program, qemu.arguments, {**os.environ, **qemu.environment})
         except OSError as error:
-            raise RestoreError(f"{program}: {error.strerror}") from error
+            raise RestoreError(f"{qemu.program}: {error.strerror}") from error
 
 
 DOOR = MmapDoor()
-
-
-def _environment(memory: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """What QEMU's environment gets for the shim."""
-    shim = str(preload_path())
-    if set(shim) & set(" :"):
-        log.warning("%s: ld.so takes no path with a space or colon, so the guest fetches more than it touches", shim)
-        return {}
-    preload = " ".join(filter(None, [shim, environment.get("LD_PRELOAD")]))
-    return {"LD_PRELOAD": preload, "IMAGEFS_MEMORY": str(memory)}

@@ -16,18 +16,11 @@ LARGEST_METADATA = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class RestoreImage:
-    """A mounted image of a QEMU guest."""
+class MountedImage:
+    """A mounted image, of whatever guest."""
 
     mountpoint: Path
     """Absolute."""
-    machine: str
-    """The versioned machine type: ``pc-i440fx-7.2``."""
-    ram_block: str
-    """Name of the guest's main RAM block in the migration stream: ``pc.ram``, or a memory backend's id."""
-    ram_bytes: int
-    cpus: int | None
-    """Where the stream tells."""
 
     @property
     def memory(self) -> Path:
@@ -37,14 +30,44 @@ class RestoreImage:
     def state(self) -> Path:
         return self.mountpoint / "state"
 
+    def control(self, name: str) -> Path:
+        """A control file of the mount."""
+        return self.mountpoint / ".imagefs" / name
+
+    def memory_size(self) -> int:
+        """Bytes of ``memory``; MountError where it cannot be seen."""
+        try:
+            return self.memory.stat().st_size
+        except OSError as error:
+            raise MountError(f"{self.memory}: {error.strerror}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreImage(MountedImage):
+    """A mounted image of a QEMU guest."""
+
+    machine: str
+    """The versioned machine type: ``pc-i440fx-7.2``."""
+    ram_block: str
+    """Name of the guest's main RAM block in the migration stream: ``pc.ram``, or a memory backend's id."""
+    ram_bytes: int
+    cpus: int | None
+    """Where the stream tells."""
+
+
+def read_memory(path: Path) -> MountedImage:
+    """For those who need nothing but the memory. MountError where no image is mounted."""
+    image = MountedImage(Path(os.path.abspath(path)))
+    _restore_part(image.mountpoint, _parse(image.mountpoint / METADATA, read_metadata(image.mountpoint)))
+    image.memory_size()
+    return image
+
 
 def read_mountpoint(path: Path) -> RestoreImage:
     """MountError where no image is mounted, RestoreError where the image is none that QEMU can resume."""
     mountpoint = Path(os.path.abspath(path))
     document = _parse(mountpoint / METADATA, read_metadata(mountpoint))
-    restore = document.get("restore")
-    if not isinstance(restore, dict):
-        raise MountError(f"{mountpoint / METADATA}: not what an imagefs mount shows (no 'restore')")
+    restore = _restore_part(mountpoint, document)
     if not restore:
         raise RestoreError(
             f"{mountpoint}: this image ({_source(document)}) holds memory only and can be inspected, not resumed"
@@ -95,6 +118,13 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise MountError(f"{path}: not what an imagefs mount shows (no JSON object)")
     return document
+
+
+def _restore_part(mountpoint: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    restore = document.get("restore")
+    if not isinstance(restore, dict):
+        raise MountError(f"{mountpoint / METADATA}: not what an imagefs mount shows (no 'restore')")
+    return restore
 
 
 def _source(document: Mapping[str, Any]) -> str:

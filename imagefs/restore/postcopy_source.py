@@ -29,7 +29,7 @@ from io import RawIOBase
 
 from imagefs.errors import RestoreError
 from imagefs.image.geometry import PAGE_SIZE
-from imagefs.restore.memory_reader import MemoryReader, fetches_all, mount_file
+from imagefs.restore.memory_reader import MemoryReader, mount_status
 from imagefs.restore.migration_stream import PageWriter
 from imagefs.restore.mountpoint import RestoreImage
 from imagefs.restore.page_ledger import PageLedger
@@ -162,7 +162,7 @@ class PostcopySource:
     # ---- everything else ----
 
     def _read_arrivals(self) -> None:
-        path = mount_file(self._image, "arrivals")
+        path = self._image.control("arrivals")
         while self._ledger.missing:
             try:
                 with open(path, "rb", buffering=0) as file:
@@ -184,7 +184,7 @@ class PostcopySource:
 
     def _send_rest(self) -> None:
         # A mount that sweeps by itself stands back for whoever reads, so then reads of ours are rare.
-        pause = QUIET_SECONDS if fetches_all(self._image) else 0.0
+        pause = QUIET_SECONDS if mount_status(self._image, "fetch", "prefetch") == "all" else 0.0
         at = 0
         traced = time.monotonic()
         while self._ledger.missing:
@@ -245,10 +245,11 @@ class PostcopySource:
         lines = []
         while not self._touches.empty():
             lines.append(self._touches.get())
+        path = self._image.control("trace")
         try:
-            with open(mount_file(self._image, "trace"), "ab", buffering=0) as file:
+            with open(path, "ab", buffering=0) as file:
                 # Whole lines in each write.
                 for start in range(0, len(lines), 1000):
                     file.write("".join(lines[start : start + 1000]).encode("ascii"))
         except OSError as error:
-            log.info("%s: %s", mount_file(self._image, "trace"), error.strerror)
+            log.info("%s: %s", path, error.strerror)

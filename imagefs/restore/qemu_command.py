@@ -48,6 +48,7 @@ _REFUSED_RECEIVING = {
     "daemonize": "imagefs restore stays QEMU's parent while pages are on their way; put it into the background itself",
     "preconfig": "the guest's state is loaded as soon as QEMU has started",
 }
+_REFUSED_PAGED = {"daemonize": _REFUSED_RECEIVING["daemonize"]}
 _KEPT_PROPERTIES = ("merge", "dump", "policy", "reserve", "host-nodes")
 
 
@@ -60,14 +61,21 @@ class Command:
 
 
 def restore_command(
-    command: Sequence[str], image: RestoreImage, incoming: str, machines: Callable[[], Machines]
+    command: Sequence[str],
+    image: RestoreImage,
+    incoming: str,
+    machines: Callable[[], Machines],
+    *,
+    is_paged: bool = False,
 ) -> Command:
     """``command``, program first, changed so that it maps ``image``; ``incoming`` is the value of ``-incoming``.
+    ``is_paged``: somebody stays QEMU's parent and brings the pages.
 
     ``machines`` lists the program's machine types; it is called only if they matter. Raises UsageError for a
     command line that is none, RestoreError where it does not fit the image.
     """
     options = _parse(command)
+    _refuse(options, _REFUSED_PAGED if is_paged else {})
     _check_sandbox(options)
     backend = _backend_name(image)
     options, given = _take_backends(options, image, backend)
@@ -86,9 +94,7 @@ def receiving_command(
     files: userfaultfd knows only anonymous and shared memory. ``stopped``: the guest is not to run. Errors as above.
     """
     options = _parse(command)
-    for option in options:
-        if option.name in _REFUSED_RECEIVING:
-            raise RestoreError(f"-{option.name}: leave it out, {_REFUSED_RECEIVING[option.name]}")
+    _refuse(options, _REFUSED_RECEIVING)
     backend = _backend_name(image)
     options, given = _take_backends(options, image, backend)
     memory_object = anonymous_backend(given.value if given else None, backend, image.ram_bytes)
@@ -106,6 +112,12 @@ def _parse(command: Sequence[str]) -> list[Option]:
             raise RestoreError(f"-{option.name} {option.value}: leave it out, {_REFUSED[option.name]}")
     _check_numa(options)
     return options
+
+
+def _refuse(options: Iterable[Option], refused: Mapping[str, str]) -> None:
+    for option in options:
+        if option.name is not None and option.name in refused:
+            raise RestoreError(f"-{option.name}: leave it out, {refused[option.name]}")
 
 
 def _backend_name(image: RestoreImage) -> str:

@@ -12,21 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import select
-import shutil
-import signal
 import socket
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from imagefs.errors import ImagefsError, RestoreError
 from imagefs.restore import postcopy_session
+from imagefs.restore.child import FIRST_PAUSE, Pauses, Vmm, Worker, ends, private_directory, started
 from imagefs.restore.migration_stream import StateParts
 from imagefs.restore.mountpoint import RestoreImage
 from imagefs.restore.postcopy_session import Session, migration_status, prepare, set_back, take_up
@@ -35,13 +30,12 @@ from imagefs.restore.qmp import Qmp
 
 log = logging.getLogger(__name__)
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 START_SECONDS = 120.0
 """What QEMU may take until its monitor speaks."""
 BY_HAND_SECONDS = 2.0
 """Who asks for a recovery has seen that there is no source; only where there is one QEMU goes on refusing."""
-SHORT_LIFE, FIRST_PAUSE, LONGEST_PAUSE = 0.25, 0.02, 1.0
-"""Seconds: a source that lived shorter is followed by the next after a pause, which doubles each time."""
+SHORT_LIFE = 0.25
+"""Seconds: a source that lived shorter is followed by the next after a pause."""
 
 
 def serve(session: Session, image: RestoreImage) -> bool:
@@ -56,10 +50,9 @@ class Supervisor:
     def __init__(self, image: RestoreImage, parts: StateParts) -> None:
         self._image = image
         self._parts = parts
-        self._source: tuple[int, int] | None = None  # process, pidfd
+        self._source: Worker | None = None
         self._qmp: Qmp | None = None
-        self._born = 0.0
-        self._pause = 0.0
+        self._pauses = Pauses()
         self._capabilities: dict[str, bool] = {}
 
     def run(self, program: str, make_command: Callable[[int], Sequence[str]]) -> int:
@@ -67,50 +60,32 @@ class Supervisor:
 
         RestoreError where the guest cannot be brought to it; then QEMU is ended.
         """
-        with _private_directory() as directory:
+        with ExitStack() as stack:
+            directory = stack.enter_context(private_directory())
             ours, its = socket.socketpair()
+            stack.enter_context(ours)
             with its:
-                try:
-                    command = list(make_command(its.fileno()))
-                    # Signals in between find no QEMU to be passed to, and wait.
-                    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-                    qemu = subprocess.Popen(
-                        command,
-                        executable=program,
-                        pass_fds=[its.fileno()],
-                        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON),
-                    )
-                except OSError as error:
-                    ours.close()
-                    raise RestoreError(f"{program}: {error.strerror}") from error
-            pidfd = os.pidfd_open(qemu.pid)
-            try:
-                with _signals_to(pidfd):
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
-                    return self._supervise(qemu, pidfd, ours, directory)
-            finally:
-                os.close(pidfd)
+                command = make_command(its.fileno())
+                qemu = stack.enter_context(started(program, command, pass_fds=[its.fileno()]))
+            return self._supervise(qemu, ours, directory)
 
-    def _supervise(self, qemu: subprocess.Popen[bytes], pidfd: int, monitor: socket.socket, directory: Path) -> int:
+    def _supervise(self, qemu: Vmm, monitor: socket.socket, directory: Path) -> int:
         try:
             self._qmp = Qmp(monitor, "QEMU's monitor", START_SECONDS, out_of_band=True)
             self._capabilities = prepare(self._qmp)
             self._fork_source(postcopy_session.start(self._qmp, self._image, self._parts, directory))
         except (ImagefsError, OSError) as error:
-            if not _ends(pidfd, 2.0):
-                qemu.terminate()
-                if not _ends(pidfd, 10.0):
-                    qemu.kill()
-                qemu.wait()
+            if not ends(qemu, 2.0):
+                qemu.end()
                 if isinstance(error, ImagefsError):
                     raise
                 raise RestoreError(f"QEMU did not take the guest: {error.strerror or error}") from error
             return qemu.wait()  # it has said itself why
         while True:
-            watched: list[int | Qmp] = [pidfd]
-            watched += [each for each in (self._qmp, self._source and self._source[1]) if each is not None]
+            watched: list[Vmm | Qmp | Worker] = [qemu]
+            watched += [each for each in (self._qmp, self._source) if each is not None]
             ready = select.select(watched, [], [])[0]
-            if pidfd in ready:
+            if qemu in ready:
                 return qemu.wait()
             if self._qmp is not None and self._qmp in ready:
                 try:
@@ -118,55 +93,37 @@ class Supervisor:
                 except ImagefsError as error:
                     log.debug("%s", error)
                     self._forget_monitor()
-            if self._source is not None and self._source[1] in ready:
-                self._source_ended(pidfd, directory)
+            if self._source is not None and self._source in ready:
+                self._source_ended(qemu, directory)
             if self._source is None and self._qmp is not None and migration_status(self._qmp) == "completed":
                 self._completed()
 
     # ---- the source ----
 
     def _fork_source(self, session: Session) -> None:
-        self._born = time.monotonic()
-        process = os.fork()
-        if not process:
-            self._be_source(session)
+        self._source = Worker("page source", partial(self._be_source, session))
         session.connection.close()
-        self._source = process, os.pidfd_open(process)
-        log.info("process %d sends the guest's pages, %r", process, session.ledger)
+        log.info("process %d sends the guest's pages, %r", self._source.pid, session.ledger)
 
-    def _be_source(self, session: Session) -> None:
-        """In the child: does not return."""
-        status = 1
-        try:
-            for number in PASSED_ON:
-                # What the terminal sends to all of us is QEMU's to decide on.
-                signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-            if self._qmp is not None:
-                self._qmp.close()
-            status = 0 if serve(session, self._image) else 1
-        except (ImagefsError, OSError) as error:
-            log.error("page source: %s", error)
-        except BaseException:
-            log.exception("page source")
-        finally:
-            os._exit(status)
+    def _be_source(self, session: Session) -> int:
+        """In the child."""
+        if self._qmp is not None:
+            self._qmp.close()
+        return 0 if serve(session, self._image) else 1
 
-    def _source_ended(self, qemu: int, directory: Path) -> None:
+    def _source_ended(self, qemu: Vmm, directory: Path) -> None:
         assert self._source is not None
-        process, pidfd = self._source
-        self._source = None
-        os.close(pidfd)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        source, self._source = self._source, None
+        status = source.reap()
         if status == 0 or self._qmp is None:
             return
-        lived = time.monotonic() - self._born
-        while not _ends(qemu, self._pause if lived < SHORT_LIFE else 0.0):
-            self._pause = 0.0 if lived >= SHORT_LIFE else min(max(FIRST_PAUSE, 2 * self._pause), LONGEST_PAUSE)
-            lived = 0.0
+        lived = source.age >= SHORT_LIFE
+        while not ends(qemu, self._pauses.before_next(lived)):
+            lived = False
             try:
                 session = take_up(self._qmp, self._image, self._parts, directory)
             except (ImagefsError, OSError) as error:
-                if not _ends(qemu, FIRST_PAUSE):
+                if not ends(qemu, FIRST_PAUSE):
                     log.warning("the guest's pages: %s; trying again, the guest waits", error)
                 continue
             if session is not None:
@@ -193,7 +150,7 @@ def recover(image: RestoreImage, parts: StateParts, qmp_path: Path) -> bool:
 
     ``qmp_path`` is a monitor of the user's; it is free again once pages flow. Errors as with :func:`take_up`.
     """
-    with _private_directory() as directory, Qmp.connect(qmp_path, out_of_band=True) as qmp:
+    with private_directory() as directory, Qmp.connect(qmp_path, out_of_band=True) as qmp:
         session = take_up(qmp, image, parts, directory, BY_HAND_SECONDS)
     if session is None:
         return True
@@ -202,34 +159,3 @@ def recover(image: RestoreImage, parts: StateParts, qmp_path: Path) -> bool:
 
 def _describe(status: int) -> str:
     return f"signal {-status}" if status < 0 else "its connection broke"
-
-
-def _ends(pidfd: int, seconds: float) -> bool:
-    """Whether a process ends within that time."""
-    return bool(select.select([pidfd], [], [], seconds)[0])
-
-
-@contextmanager
-def _private_directory() -> Iterator[Path]:
-    # A socket's name has 107 bytes at most.
-    directory = Path(tempfile.mkdtemp(prefix="imagefs-", dir=os.environ.get("XDG_RUNTIME_DIR")))
-    owner = os.getpid()
-    try:
-        yield directory
-    finally:
-        if os.getpid() == owner:
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextmanager
-def _signals_to(pidfd: int) -> Iterator[None]:
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.Signals(number))
-
-    former = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

@@ -81,10 +81,10 @@ def test_command_lines_that_make_no_sense(words: list[str], capsys: pytest.Captu
 
 
 def test_doors(mountpoint: Path) -> None:
-    assert door_names() == ["auto", "mmap", "postcopy"]
+    assert door_names() == ["auto", "pager", "mmap", "postcopy"]
     request = Request(RestoreImage(mountpoint, "pc", "ram", 4096, 1), ["qemu"])
-    assert choose_door("auto", request) is choose_door("mmap", request)
-    with pytest.raises(UsageError, match="--door trap: unknown; known are auto, mmap, postcopy"):
+    assert choose_door("auto", request) is choose_door("pager", request)
+    with pytest.raises(UsageError, match="--door trap: unknown; known are auto, pager, mmap, postcopy"):
         choose_door("trap", request)
 
 
@@ -93,7 +93,18 @@ def test_vmm_takes_the_process_over(mountpoint: Path, program: Path, preload: st
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     if preload:
         environment["LD_PRELOAD"] = preload
-    command = [sys.executable, "-m", "imagefs.cli", "restore", str(mountpoint), "--", str(program), "-S"]
+    command = [
+        sys.executable,
+        "-m",
+        "imagefs.cli",
+        "restore",
+        str(mountpoint),
+        "--door",
+        "mmap",
+        "--",
+        str(program),
+        "-S",
+    ]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, err = process.communicate(timeout=60)
     pid, arguments, (found_preload, memory) = json.loads(out)
@@ -107,7 +118,7 @@ def test_vmm_takes_the_process_over(mountpoint: Path, program: Path, preload: st
 
 def test_print(mountpoint: Path, program: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is printed, a shell runs."""
-    assert cli.run(parse(str(mountpoint), "--print", "--", str(program), "-name", "a 'b' $c")) == 0
+    assert cli.run(parse(str(mountpoint), "--print", "--door", "mmap", "--", str(program), "-name", "a 'b' $c")) == 0
     printed = capsys.readouterr().out
     done = subprocess.run(["sh", "-c", printed], capture_output=True, check=False, timeout=60)
     assert done.returncode == 77, done.stderr

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.guest import Guest, build_guest
+from support.link import Link
+from support.nginx import Nginx
+from support.qemu_versions import backports_qemu
 from support.vm import Vm
 
 from imagefs.formats import open_capture
 from imagefs.image.capture import ByteSource, Capture
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.restore.suspend import suspended
+from tests.vm.restoring import EXIT_DEVICE, MEMORY_MIB, SavedVm, Stored, stored
 
-MEMORY_MIB = 192
 FILL_MIB = 64
 PIECE = 1 << 20
+SLOW_MBIT, RTT_MS = 40.0, 10.0
 
 
 @pytest.fixture(scope="session")
@@ -32,19 +36,6 @@ def guest() -> Guest:
 def imagefs() -> list[str]:
     """The command ``imagefs`` of this checkout."""
     return [sys.executable, "-m", "imagefs.cli"]
-
-
-@dataclass(frozen=True)
-class SavedVm:
-    """A guest that was suspended, as a directory that shows what a mount of its image shows a VMM."""
-
-    directory: Path
-    guest: Guest
-    options: dict[str, Any]
-    """With which :class:`support.vm.Vm` starts the same machine."""
-    nonce: str
-    count: int
-    """The guest's, before it was suspended."""
 
 
 def save(vm: Vm, directory: Path, guest: Guest, options: dict[str, Any]) -> SavedVm:
@@ -87,9 +78,6 @@ def write(source: ByteSource, path: Path) -> None:
             offset += len(data)
 
 
-EXIT_DEVICE = ("-device", "isa-debug-exit,iobase=0xf4,iosize=4")
-
-
 @pytest.fixture(scope="session")
 def pc(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> SavedVm:
     """One vCPU, i440FX, RAM in a shared file, with a device through which the guest ends QEMU."""
@@ -106,3 +94,35 @@ def q35(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> SavedVm:
     with Vm(guest, **options) as vm:
         saved = save(vm, tmp_path_factory.mktemp("q35") / "image", guest, options)
     return saved
+
+
+@pytest.fixture(scope="session")
+def one(guest: Guest, imagefs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """One vCPU, RAM of the machine's own."""
+    return stored(guest, imagefs, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="session")
+def two(guest: Guest, imagefs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """Two vCPUs, Q35, RAM in a shared memfd."""
+    return stored(guest, imagefs, tmp_path_factory.mktemp("two"), machine="q35", smp=2, backend="memfd")
+
+
+@pytest.fixture(scope="session")
+def newer(guest: Guest, imagefs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """One vCPU, Q35, on the QEMU of Debian's backports."""
+    return stored(guest, imagefs, tmp_path_factory.mktemp("newer"), machine="q35", qemu=str(backports_qemu()))
+
+
+@pytest.fixture
+def link(request: pytest.FixtureRequest) -> Iterator[Link]:
+    """A slow one, to the store that the test's fixture ``saved`` is in."""
+    saved: Stored = request.getfixturevalue("saved")
+    with Nginx(saved.store) as nginx, Link(nginx.address, mbit=SLOW_MBIT, rtt_ms=RTT_MS) as slow:
+        yield slow
+
+
+@pytest.fixture(params=["one", "two", "newer"])
+def saved(request: pytest.FixtureRequest) -> Stored:
+    found: Stored = request.getfixturevalue(request.param)
+    return found

@@ -15,13 +15,13 @@ from support.vm import PATIENCE, QEMU, Vm
 
 from imagefs.restore.qemu_machine import list_machines
 from imagefs.restore.qemu_options import WITHOUT_VALUE
-from tests.vm.conftest import SavedVm
+from tests.vm.restoring import SavedVm
 
 
 def resumed(saved: SavedVm, imagefs: Sequence[str], *extra: str) -> Vm:
     """The same machine by the same command line, behind ``imagefs restore``."""
     options = {**saved.options, "extra": (*saved.options.get("extra", ()), *extra)}
-    return Vm(saved.guest, prefix=[*imagefs, "restore", str(saved.directory), "--"], **options)
+    return Vm(saved.guest, prefix=[*imagefs, "restore", str(saved.directory), "--door", "mmap", "--"], **options)
 
 
 def digest(path: Path) -> str:

@@ -6,129 +6,41 @@ import json
 import re
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.guest import Guest
 from support.link import Link
 from support.mounts import mounted
 from support.nginx import Nginx
-from support.qemu_versions import backports_qemu
 from support.vm import PATIENCE, QEMU, Vm
 
-from tests.vm.conftest import EXIT_DEVICE, MEMORY_MIB, SavedVm
+from tests.vm.conftest import RTT_MS, SLOW_MBIT
+from tests.vm.restoring import (
+    SavedVm,
+    Stored,
+    check_that_it_goes_on,
+    checked,
+    children,
+    kill,
+    suspend,
+    wait_until,
+)
+from tests.vm.restoring import restored as restored_by
 
 KILLS = 12
 WORK_BYTES = 256 << 10
-SLOW_MBIT, RTT_MS = 40.0, 10.0
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A guest that was suspended into a store."""
-
-    store: Path
-    guest: Guest
-    options: dict[str, Any]
-    nonce: str
-    count: int
-
-
-def suspend(imagefs: Sequence[str], vm: Vm, target: Path) -> None:
-    command = [*imagefs, "suspend", "--quit", "--quiet", "--qmp", str(vm.qmp_socket), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=110)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert vm.wait() == 0
-
-
-def stored(guest: Guest, imagefs: list[str], store: Path, **options: Any) -> Stored:
-    options = {"memory_mib": MEMORY_MIB, "extra": EXIT_DEVICE, **options}
-    with Vm(guest, **options) as vm:
-        vm.expect("FILLED")
-        nonce, count = vm.ping()
-        suspend(imagefs, vm, store / "vm1")
-    return Stored(store, guest, options, nonce, count)
-
-
-@pytest.fixture(scope="session")
-def one(guest: Guest, imagefs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Stored:
-    """One vCPU, RAM of the machine's own."""
-    return stored(guest, imagefs, tmp_path_factory.mktemp("one"))
-
-
-@pytest.fixture(scope="session")
-def two(guest: Guest, imagefs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Stored:
-    """Two vCPUs, Q35, RAM in a shared memfd."""
-    return stored(guest, imagefs, tmp_path_factory.mktemp("two"), machine="q35", smp=2, backend="memfd")
-
-
-@pytest.fixture(scope="session")
-def newer(guest: Guest, imagefs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Stored:
-    """One vCPU, Q35, on the QEMU of Debian's backports."""
-    return stored(guest, imagefs, tmp_path_factory.mktemp("newer"), machine="q35", qemu=str(backports_qemu()))
-
-
-@pytest.fixture
-def link(request: pytest.FixtureRequest) -> Iterator[Link]:
-    """A slow one, to the store that the test's fixture ``saved`` is in."""
-    saved: Stored = request.getfixturevalue("saved")
-    with Nginx(saved.store) as nginx, Link(nginx.address, mbit=SLOW_MBIT, rtt_ms=RTT_MS) as slow:
-        yield slow
-
-
-@pytest.fixture(params=["one", "two", "newer"])
-def saved(request: pytest.FixtureRequest) -> Stored:
-    found: Stored = request.getfixturevalue(request.param)
-    return found
-
-
-def restored(saved: Stored | SavedVm, imagefs: Sequence[str], mountpoint: Path, *extra: str) -> Vm:
-    options = {**saved.options, "extra": (*saved.options.get("extra", ()), *extra)}
-    return Vm(saved.guest, prefix=[*imagefs, "restore", str(mountpoint), "--door", "postcopy", "--"], **options)
-
-
-def wait_until(condition: Callable[[], bool], vm: Vm) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, vm.said()
-        time.sleep(0.01)
+restored = partial(restored_by, door="postcopy")
 
 
 def migration(vm: Vm) -> str:
     return str(vm.qmp.execute("query-migrate").get("status"))
 
 
-def children(vm: Vm) -> dict[int, bool]:
-    """Of the restoring process: process, and whether it is QEMU."""
-    pid = vm.process.pid
-    found = {}
-    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-        try:
-            state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
-            if state != "Z":
-                found[child] = "qemu" in Path(f"/proc/{child}/exe").readlink().name
-        except FileNotFoundError:
-            continue
-    return found
-
-
 def source(vm: Vm) -> int | None:
     return next((pid for pid, qemu in children(vm).items() if not qemu), None)
-
-
-def checked(saved: Stored | SavedVm, writes: int = 0) -> str:
-    return f"ok pages={saved.guest.fill_mib << 8} writes={writes} nonce={saved.nonce}"
-
-
-def check_that_it_goes_on(vm: Vm, saved: Stored | SavedVm) -> None:
-    nonce, count = vm.ping()
-    assert nonce == saved.nonce
-    assert saved.count <= count < saved.count + 600, "it did not go on counting where it stopped"
 
 
 def test_guest_runs_while_its_pages_come(saved: Stored, link: Link, imagefs: list[str], tmp_path: Path) -> None:
@@ -201,10 +113,6 @@ def bytes_read(process: int) -> int:
 
 def has_worked(process: int, before: int) -> bool:
     return bytes_read(process) > before + WORK_BYTES
-
-
-def kill(process: int) -> None:
-    subprocess.run(["kill", "-KILL", str(process)], check=True)
 
 
 def test_everyone_but_qemu_is_killed(one: Stored, imagefs: list[str], tmp_path: Path) -> None:
@@ -326,6 +234,6 @@ def test_choice_is_explained(pc: SavedVm, imagefs: list[str]) -> None:
     command = [*imagefs, "-v", "restore", str(pc.directory), "--print", "--", QEMU]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0
-    assert "door mmap: " in done.stderr
-    assert "postcopy" in done.stderr
+    assert "door pager: " in done.stderr
+    assert "it is tried before mmap, postcopy" in done.stderr
     assert json.loads((pc.directory / "metadata.json").read_text())["restore"]["vmm"] == "qemu"

@@ -1,0 +1,64 @@
+"""A QEMU that maps the mount's ``memory``, with the preloaded shim in it: what the doors mmap and pager share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagefs.native import preload_path
+from imagefs.restore.door import Request, find_program
+from imagefs.restore.incoming import incoming_of
+from imagefs.restore.qemu_command import restore_command
+from imagefs.restore.qemu_machine import list_machines
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MappingQemu:
+    """What is to be started."""
+
+    program: str
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    """What QEMU's environment gets besides ours."""
+
+    def for_shell(self, more: Mapping[str, str] | None = None) -> str:
+        variables = {**self.environment, **(more or {})}
+        words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+        return " ".join([*words, shlex.join(self.arguments)])
+
+
+def mapping_qemu(request: Request, *, is_paged: bool = False) -> MappingQemu:
+    """Says in the log what the user may want to know. UsageError, RestoreError and MountError as
+    :func:`restore_command` and :func:`incoming_of`."""
+    image = request.image
+    program = find_program(request)
+    incoming = incoming_of(image.state)
+    command = restore_command(request.command, image, incoming.value, lambda: list_machines(program), is_paged=is_paged)
+    for note in command.notes:
+        log.info("%s", note)
+    if not incoming.runs:
+        log.warning("%s: the guest was saved in a state that it stays in: 'cont' lets it go on", image.mountpoint)
+    return MappingQemu(program, command.arguments, _environment(image.memory, os.environ))
+
+
+def shim_obstacle() -> str | None:
+    """Why the shim cannot be loaded into a VMM; None if it can."""
+    shim = str(preload_path())
+    if set(shim) & set(" :"):
+        return f"{shim}: ld.so takes no path with a space or colon"
+    return None
+
+
+def _environment(memory: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """What QEMU's environment gets for the shim."""
+    if obstacle := shim_obstacle():
+        log.warning("%s, so the guest fetches more than it touches", obstacle)
+        return {}
+    preload = " ".join(filter(None, [str(preload_path()), environment.get("LD_PRELOAD")]))
+    return {"LD_PRELOAD": preload, "IMAGEFS_MEMORY": str(memory)}
