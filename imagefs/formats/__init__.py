@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from imagefs.errors import UnsupportedInputError, UsageError
-from imagefs.formats import cloud_hypervisor, criu, firecracker, lime, qemu_migration, raw, vmware, xen
+from imagefs.formats import cloud_hypervisor, criu, firecracker, libvirt_save, lime, qemu_migration, raw, vmware, xen
 from imagefs.formats.base import Format, Input, Workspace
 from imagefs.formats.structure import with_structure
 from imagefs.image.capture import Capture
 
 FORMATS: tuple[Format, ...] = (
     qemu_migration.FORMAT,
+    libvirt_save.FORMAT,
     xen.FORMAT,
     firecracker.FORMAT,
     cloud_hypervisor.FORMAT,

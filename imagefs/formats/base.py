@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol, Self, cast
+from typing import BinaryIO, Protocol, Self, TypeVar, cast
 
 from imagefs.errors import UnsupportedInputError, UsageError
 from imagefs.formats.spool import FileSource, Spool
@@ -26,6 +26,13 @@ _PIECE_SIZE = 64 << 10
 _ZERO_PIECE = bytes(_PIECE_SIZE)
 _RENUMBERED = 4096
 """Entries of a template in memory at a time."""
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Owned = TypeVar("Owned", bound=Closable)
 
 
 class Workspace:
@@ -53,7 +60,7 @@ class Workspace:
         self._stack.callback(source.close)
         return source
 
-    def adopt(self, source: FileSource) -> FileSource:
+    def adopt(self, source: Owned) -> Owned:
         self._stack.callback(source.close)
         return source
 
