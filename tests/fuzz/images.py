@@ -19,9 +19,10 @@ from typing import BinaryIO
 from imagefs.errors import NoSpaceError, UnsupportedInputError, UsageError
 from imagefs.formats import FORMATS, open_capture
 from imagefs.image.capture import Capture
+from imagefs.image.native_files import spans
 from imagefs.image.native_reader import NativeReader
 from tests.fuzz.target import CORPUS, Target
-from tests.unit.samples import Sample, all_samples
+from tests.unit.samples import Sample, all_samples, write_sparse
 
 LOOKED_AT = 1 << 20
 """Bytes of memory and native file that are read of what was taken: a hostile file may have a terabyte of zeros."""
@@ -34,7 +35,8 @@ class Shape:
     names: tuple[str, ...]
     source: str
     memory: tuple[str, ...]
-    piped: bool
+    piped: bool = False
+    sparse: frozenset[str] = frozenset()
 
     def decode(self, data: bytes) -> dict[str, bytes]:
         files = {}
@@ -49,14 +51,14 @@ class Shape:
         return b"".join(pieces) + files[self.names[-1]]
 
 
-PLAIN = [Shape(("image",), "image", (), piped) for piped in (False, True)]
+PLAIN = [Shape(("image",), "image", ()), Shape(("image",), "image", (), piped=True)]
 
 
 def shapes_of(sample: Sample) -> list[Shape]:
     names = tuple(sorted(sample.files))
-    if names == ("image",):
+    if names == ("image",) and not sample.sparse:
         return PLAIN
-    return [Shape(names, sample.source, sample.memory, False)]
+    return [Shape(names, sample.source, sample.memory, sparse=sample.sparse)]
 
 
 def targets() -> Iterator[Target]:
@@ -91,11 +93,14 @@ def _split(format: str | None, shapes: Sequence[Shape], data: bytes) -> None:
             for name, content in files.items():
                 path = root / "files" / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
+                if name in shape.sparse:
+                    write_sparse(path, content)
+                else:
+                    path.write_bytes(content)
             source = root / "files" / shape.source
         memory = [root / "files" / name for name in shape.memory]
         with open_capture(source, spool_dir=spool_dir, format=format, memory_files=memory) as capture:
-            _check(capture, files.get(shape.source))
+            _check(capture, shape.source, files)
 
 
 @contextmanager
@@ -108,14 +113,16 @@ def suppressed() -> Iterator[None]:
             raise AssertionError("of several lines") from error
 
 
-def _check(capture: Capture, image: bytes | None) -> None:
-    """What was taken can be read, and gives the file again."""
+def _check(capture: Capture, source: str, files: Mapping[str, bytes]) -> None:
+    """What was taken can be read, and gives the files again."""
     assert capture.memory.size == capture.geometry.size
     capture.memory.read_at(0, min(LOOKED_AT, capture.memory.size))
     capture.state.read_at(0, min(LOOKED_AT, capture.state.size))
     native = NativeReader(capture.native, capture.memory)
-    if image is not None:
-        assert native.size == len(image), f"native has {native.size} bytes, the image {len(image)}"
-        assert native.read_at(0, native.size) == image, "native is not what was split"
-    else:
-        native.read_at(0, min(LOOKED_AT, native.size))
+    shown = list(spans(capture.native_files)) or [(source, 0, native.size)]
+    for path, start, end in shown:
+        if path in files:
+            assert end - start == len(files[path]), (
+                f"{path} has {end - start} bytes in native, {len(files[path])} split"
+            )
+            assert native.read_at(start, end - start) == files[path], f"{path} in native is not what was split"

@@ -84,15 +84,20 @@ class Sample:
 
     def write_file(self, path: Path, name: str, data: bytes) -> None:
         """One of the files, with its holes."""
-        if name not in self.sparse:
+        if name in self.sparse:
+            write_sparse(path, data)
+        else:
             path.write_bytes(data)
-            return
-        with open(path, "wb") as file:
-            for at in range(0, len(data), PAGE_SIZE):
-                if any(data[at : at + PAGE_SIZE]):
-                    file.seek(at)
-                    file.write(data[at : at + PAGE_SIZE])
-            file.truncate(len(data))
+
+
+def write_sparse(path: Path, data: bytes) -> None:
+    """A file whose pages of zeros are holes."""
+    with open(path, "wb") as file:
+        for at in range(0, len(data), PAGE_SIZE):
+            if any(data[at : at + PAGE_SIZE]):
+                file.seek(at)
+                file.write(data[at : at + PAGE_SIZE])
+        file.truncate(len(data))
 
 
 @cache
