@@ -61,6 +61,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         ("kernel text", size_text(frames[KERNEL_TEXT] * PAGE_SIZE) if frames[KERNEL_TEXT] else "not known"),
         ("restore", _restore_text(restore)),
     ]
+    notes = restore.get("notes", [])
+    rows += [("note", str(note)) for note in (notes if isinstance(notes, list) else [])]
     for r in facts["regions"]:
         place = f"at guest-physical {r['guest_address']:#x}, in memory at {r['offset']:#x}"
         rows.append(("region", f"{r['name']}: {size_text(r['size'])} {place}"))
@@ -76,4 +78,5 @@ def _native_row(facts: dict[str, Any]) -> tuple[str, str]:
 def _restore_text(restore: dict[str, Any]) -> str:
     if not restore:
         return "not possible from this format: inspect only"
-    return f"{restore.get('vmm', '?')}, machine {restore.get('machine', '?')}"
+    machine = f", machine {restore['machine']}" if restore.get("machine") else ""
+    return f"{restore.get('vmm', '?')}{machine}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imagefs.errors import MountError, RestoreError
+from imagefs.restore.other_vmms import how_to_resume
 
 METADATA = "metadata.json"
 LARGEST_METADATA = 64 << 20
@@ -73,7 +74,7 @@ def read_mountpoint(path: Path) -> RestoreImage:
             f"{mountpoint}: this image ({_source(document)}) holds memory only and can be inspected, not resumed"
         )
     if restore.get("vmm") != "qemu":
-        raise RestoreError(f"{mountpoint}: the image is of the VMM {restore.get('vmm')!r}, only qemu can be restored")
+        raise RestoreError(how_to_resume(restore.get("vmm"), mountpoint))
     blocks = [restore[name] for name in ("ram_blocks", "plugged_blocks") if isinstance(restore.get(name), dict)]
     if blocks:
         names = ", ".join(str(name) for group in blocks for name in group)

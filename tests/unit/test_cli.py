@@ -55,6 +55,24 @@ def test_info_and_ls_of_several_native_files(tmp_path: Path, capsys: pytest.Capt
     assert main(["verify", image]) == 0
 
 
+def test_info_of_restore_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = str(tmp_path / "store" / "vm1")
+    for restore, lines in (
+        ({}, ["restore:      not possible from this format: inspect only"]),
+        ({"vmm": "qemu", "machine": "pc-q35-7.2"}, ["restore:      qemu, machine pc-q35-7.2"]),
+        (
+            {"vmm": "criu", "notes": ["one\x1b[2J", 2]},
+            ["restore:      criu", "note:         one\N{REPLACEMENT CHARACTER}[2J", "note:         2"],
+        ),
+        ({"vmm": "criu", "notes": "text"}, ["restore:      criu"]),
+    ):
+        with closing(DirectoryStore(tmp_path / "store", create=True)) as store:
+            write_image(store, "vm1", capture_of(MEMORY, restore=restore))
+        assert main(["info", image]) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert [line for line in out if line.startswith(("restore:", "note:"))] == lines
+
+
 def test_a_capture_whose_native_files_do_not_add_up(tmp_path: Path) -> None:
     with closing(DirectoryStore(tmp_path / "store", create=True)) as store:
         for file in (NativeFile("a", 1), NativeFile("../a", len(MEMORY))):
