@@ -17,8 +17,9 @@ from support.nginx import Nginx
 from support.qemu_versions import backports_qemu
 
 from imagefs.formats import open_capture
-from tests.vm.conftest import FILL_MIB, MEMORY_MIB
+from tests.vm.conftest import FILL_MIB
 from tests.vm.machines import check_native, content, firmware, same_memory
+from tests.vm.restoring import MEMORY_MIB
 
 # libvirt asks each QEMU for all that it can do before it first starts one.
 pytestmark = pytest.mark.timeout(300)
