@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 _HOW = {
-    "firecracker": "load it with Firecracker: snapshot_path {0}/state, mem_backend of type File {0}/memory, or Uffd with"
-    " imagefs restore {0} --door pager --socket PATH",
+    "firecracker": "load it with Firecracker: snapshot_path {0}/state, mem_backend of type File {0}/memory, or of"
+    " type Uffd with imagefs restore {0} --door pager --socket PATH",
     "cloud-hypervisor": "cloud-hypervisor --restore source_url=file://{0}/native",
     "criu": "these are processes, for criu restore -D {0}/native (which is untried)",
     "xen": "Xen resumes what xl saved: xl restore {0}/native",
