@@ -5,6 +5,7 @@
     CACHE/<manifest digest>/boot          the boot id of the host under which the bitmap was written
     CACHE/<manifest digest>/distrusted    the bitmap of an earlier boot
     CACHE/<manifest digest>/blocks/…      index blocks by digest
+    CACHE/<manifest digest>/working-set   what guests touched first on this host: lines PAGE RECORDINGS
 
 A process that dies loses nothing: what it wrote is in the host's page cache. A host that dies may have kept a bit
 and lost its page, so the bitmap of another boot is not believed: its pages are verified by digest when they are next
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 ZEROS = 1 << 20
 """Bytes that are written at a time where there should be a hole."""
+WORKING_SET = "working-set"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -135,13 +137,17 @@ class DiskCache:
             return None
 
     def put_block(self, digest: bytes, data: bytes) -> None:
-        path = self._block_path(digest)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
         # A block that cannot be kept is fetched again; a torn one fails its digest and is fetched again, too.
-        with suppress(OSError):
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.rename(path)
+        _replace(self._block_path(digest), data)
+
+    def working_set(self) -> bytes | None:
+        try:
+            return (self.path / WORKING_SET).read_bytes()
+        except OSError:
+            return None
+
+    def put_working_set(self, text: bytes) -> None:
+        _replace(self.path / WORKING_SET, text)
 
     def bitmap(self, offset: int, length: int) -> bytes:
         return self._presence.bytes_at(offset, length)
@@ -225,6 +231,16 @@ class DiskCache:
             return mmap.mmap(fd, size)
         finally:
             os.close(fd)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """A file that may as well be lost: nothing is said where it cannot be written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        temporary.touch(mode=0o600)
+        temporary.write_bytes(data)
+        temporary.rename(path)
 
 
 def _check_ours(directory: Path) -> None:

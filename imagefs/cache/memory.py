@@ -114,6 +114,12 @@ class MemoryCache:
     def put_block(self, digest: bytes, data: bytes) -> None:
         """Blocks are kept by the reader's own cache."""
 
+    def working_set(self) -> bytes | None:
+        return None
+
+    def put_working_set(self, text: bytes) -> None:
+        """Nothing outlives the daemon."""
+
     def bitmap(self, offset: int, length: int) -> bytes:
         return self._presence.bytes_at(offset, length)
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "restore": "resume a guest from a mounted image",
     "translate": "find where in a mounted guest's memory a virtual address is",
     "hexdump": "show memory of a mounted guest, by guest-physical or virtual address",
+    "trace": "publish, show or remove the working set of an image",
     "status": "show what a mount has fetched and is fetching",
 }
 

@@ -9,12 +9,15 @@ from typing import Any
 
 from imagefs.cli.opening import image_reader
 from imagefs.cli.terminal import printable, size_text
+from imagefs.errors import CorruptObjectError
 from imagefs.image.capture import KERNEL_TEXT, PAGE_TABLE_KINDS
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.streams import MEMORY
+from imagefs.store.reader import ImageReader
+from imagefs.store.workingset import find_header
 
 DESCRIPTION = """\
-Show what is known about an image. Only its metadata is fetched: three requests, whatever
+Show what is known about an image. Only its metadata is fetched: four requests, whatever
 the size of its memory.
 """
 
@@ -36,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
             "metadata_bytes": image.manifest.metadata_size,
             "streams": {name: stream.size for name, stream in image.manifest.streams.items()},
         }
+        facts["working_set"] = _working_set(reader)
     print(json.dumps(facts, indent=2) if args.json else "\n".join(_lines(facts)))
     return 0
 
@@ -59,6 +63,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         ("vCPUs", str(len(facts.get("vcpus", ()))) if facts.get("vcpus") else "not known"),
         ("page tables", f"{tables} frames" if tables else "not known"),
         ("kernel text", size_text(frames[KERNEL_TEXT] * PAGE_SIZE) if frames[KERNEL_TEXT] else "not known"),
+        ("working set", _working_set_text(facts["working_set"])),
         ("restore", _restore_text(restore)),
     ]
     notes = restore.get("notes", [])
@@ -73,6 +78,23 @@ def _native_row(facts: dict[str, Any]) -> tuple[str, str]:
     size = size_text(facts["native_bytes"])
     files = facts.get("native_files")
     return ("native files", f"{len(files)} files, {size}") if files else ("native file", size)
+
+
+def _working_set(reader: ImageReader) -> dict[str, Any] | None:
+    try:
+        header = find_header(reader.store, reader.image)
+    except CorruptObjectError as error:
+        # A hint: an image is as good without it.
+        return {"damaged": str(error)}
+    return None if header is None else {"pages": header.pages, "bytes": header.size}
+
+
+def _working_set_text(working_set: dict[str, Any] | None) -> str:
+    if working_set is None:
+        return "none published"
+    if "damaged" in working_set:
+        return f"damaged: {working_set['damaged']}"
+    return f"{working_set['pages']} pages, {size_text(working_set['bytes'])}, fetched first"
 
 
 def _restore_text(restore: dict[str, Any]) -> str:

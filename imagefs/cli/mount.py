@@ -36,6 +36,7 @@ options for -o, separated by commas:
   soft              a read fails with EIO when its page has not come in time:
   timeo=SECONDS     after this long (default: 60)
   prefetch=all      fetch the whole image in the background (default)
+  prefetch=ws       fetch the recorded working set, and otherwise only what is read
   prefetch=none     fetch only what is read
   connections=N     requests to the store at a time, at most (default: 8)
   readahead=KIB     how much the kernel reads ahead (default: 128; takes root)

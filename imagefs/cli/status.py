@@ -71,6 +71,9 @@ def rows(mountpoint: str, status: Mapping[str, Any]) -> list[Row]:
     if cache:
         trouble = ", full" if cache.get("full") else ""
         shown.append(("cache", f"{cache.get('kind', '?')} {cache.get('path', '')}".rstrip() + trouble))
+    working_set = status.get("working_set", {})
+    if working_set.get("pages") or working_set.get("local_pages"):
+        shown.append(("recorded", _working_set(working_set)))
     if fetch:
         requests, background = fetch["requests"], fetch["background_requests"]
         amount = size_text(fetch["payload_bytes"])
@@ -95,6 +98,16 @@ def _pages(status: Mapping[str, Any]) -> str:
     if here is None:
         return f"{pages} ({size})"
     return f"{here} of {pages} are here ({here * 100 // max(pages, 1)} % of {size})"
+
+
+def _working_set(found: Mapping[str, Any]) -> str:
+    parts = []
+    if found.get("pages"):
+        amount = f"{size_text(found['bytes_received'])} of {size_text(found['bytes'])}"
+        parts.append(f"{found['state']}: {found['pages_landed']} of {found['pages']} pages, {amount}")
+    if found.get("local_pages"):
+        parts.append(f"{found['local_pages']} pages recorded on this host")
+    return "; ".join(parts)
 
 
 def _store(fetch: Mapping[str, Any]) -> str:

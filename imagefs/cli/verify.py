@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import chain
 
 from imagefs.cli.opening import image_reader
 from imagefs.cli.terminal import progress_bar, size_text
 from imagefs.image.chunks import Codec
 from imagefs.store.verify import Verifier
+from imagefs.store.workingset import set_damage
 
 DESCRIPTION = """\
 Read everything that an image consists of and check it against its digests. Each thing that is
@@ -27,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
     found = 0
     with image_reader(args.image) as reader, progress_bar("verifying", quiet=args.quiet) as progress:
         verifier = Verifier(reader.store, reader.image, Codec(), progress)
-        for line in verifier.damage():
+        damage = chain(verifier.damage(), set_damage(reader.store, reader.image, Codec()))
+        for line in damage:
             found += 1
             print(line, file=sys.stderr)
         stored = reader.image.manifest.stored_bytes

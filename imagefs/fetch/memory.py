@@ -32,6 +32,10 @@ class MemoryPages:
         self._sink.put(first, data)
         self._announce(first, min(len(data) // PAGE_SIZE, self.pages - first))
 
+    def pages_landed(self, first: int, count: int) -> None:
+        """Pages were put into the sink, if that has room."""
+        self._announce(first, min(count, self.pages - first))
+
     def window_landed(self, number: int) -> None:
         """A window was put into the sink, if that has room."""
         self._announce(*self.window_span(number))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 from cachetools import LRUCache
@@ -14,10 +14,12 @@ from cachetools import LRUCache
 from imagefs.errors import CorruptObjectError, TimedOutError
 from imagefs.fetch.arrivals import ArrivalLog
 from imagefs.fetch.flights import Flight, Priority
+from imagefs.fetch.foresight import Foresight
 from imagefs.fetch.locator import Locator
 from imagefs.fetch.memory import MemoryPages
 from imagefs.fetch.neighbours import Neighbourhood
 from imagefs.fetch.options import FetchOptions
+from imagefs.fetch.published import PublishedSet
 from imagefs.fetch.scheduler import Scheduler
 from imagefs.fetch.sink import PageSink
 from imagefs.fetch.sweep import sweep
@@ -31,8 +33,9 @@ from imagefs.image.native_files import NativeFile
 from imagefs.image.streams import MEMORY
 from imagefs.store.base import Store
 from imagefs.store.location import open_store, parse_location
-from imagefs.store.reader import Image, Wanted, expand, load_image
+from imagefs.store.reader import Image, Wanted, expand, load_name, load_named
 
+T = TypeVar("T")
 SinkFactory = Callable[[Image], PageSink]
 
 WINDOWS_KEPT = 8 << 20
@@ -42,7 +45,15 @@ WINDOWS_KEPT = 8 << 20
 class OpenedImage:
     """Implements :class:`imagefs.fetch.view.ImageView`. One event loop; made by :func:`open_image`."""
 
-    def __init__(self, location: str, image: Image, store: Store, sink: PageSink, options: FetchOptions) -> None:
+    def __init__(
+        self,
+        location: str,
+        image: Image,
+        store: Store,
+        sink: PageSink,
+        options: FetchOptions,
+        published: PublishedSet | None = None,
+    ) -> None:
         self._location = location
         self._image = image
         self._sink = sink
@@ -56,6 +67,7 @@ class OpenedImage:
         self._neighbourhood = Neighbourhood(image.manifest.streams[MEMORY].windows(self._chunk_pages))
         self._pages = MemoryPages(self._geometry.pages, self._chunk_pages, sink)
         self.trace = TouchTrace(self._geometry.pages)
+        self.foresight = Foresight(image, sink, self.trace, published)
         transfer = Transfer(store, sink, self._codec, self._chunk_pages, self._geometry.pages)
         self.scheduler = Scheduler(transfer, self._landed, connections=options.connections, origin=store.origin)
         self.locator = Locator(
@@ -116,6 +128,13 @@ class OpenedImage:
         length = min(length, self._image.manifest.streams[stream].size - offset)
         numbers = self._numbers(offset, length)
         with self._patience(f"{stream} at {offset:#x}"):
+            if stream == MEMORY:
+                for number in numbers:
+                    await self.locator.find(stream, number, Priority.TOUCH)
+                # The leaf may have told that these pages are zero.
+                data = self.read_present(stream, offset, length, touch=touch)
+                if data is not None:
+                    return data
             found = [await self._start(stream, number) for number in numbers]
             # All flights first, then the waiting: a read of several windows takes one round trip.
             if stream == MEMORY:
@@ -154,16 +173,23 @@ class OpenedImage:
                 "request_seconds": link.request_seconds,
                 "background_request_bytes": link.background_size(),
             },
+            "working_set": self.foresight.statistics(),
             "touches": len(self.trace),
         }
 
     async def run(self) -> None:
-        """Fetch until cancelled: workers, and the sweep if it is wanted."""
+        """Fetch until cancelled: workers, and what is to be fetched before anyone asks."""
         async with trio.open_nursery() as nursery:
             self.scheduler.start(nursery)
-            if self._options.prefetch == "all":
-                memory = self._image.manifest.streams[MEMORY]
-                nursery.start_soon(sweep, memory, self._chunk_pages, self, self.scheduler, name="sweep")
+            nursery.start_soon(self.foresight.record, name="recording")
+            if self._options.prefetch != "none":
+                nursery.start_soon(self._fetch_ahead, name="ahead")
+
+    async def _fetch_ahead(self) -> None:
+        """The working set, then the sweep if it is wanted."""
+        await self.foresight.fetch(self, self.scheduler)
+        if self._options.prefetch == "all":
+            await sweep(self._image.manifest.streams[MEMORY], self._chunk_pages, self, self.scheduler)
 
     # --- reading
 
@@ -213,9 +239,10 @@ class OpenedImage:
     def _touched(self, offset: int, length: int, *, trace: bool, missed: bool) -> None:
         numbers = self._numbers(offset, length)
         if trace:
-            for number in numbers:
-                self.trace.touch(*self._pages.window_span(number))
-        if self._options.prefetch == "all":
+            first = offset // PAGE_SIZE
+            self.trace.touch(first, (offset + length - 1) // PAGE_SIZE - first + 1)
+        # What is recorded is a better guess than what lies beside.
+        if self._options.prefetch == "all" and not self.foresight.streaming:
             for number in self._neighbourhood.touched(numbers[0], numbers[-1], missed=missed):
                 self._want_if_known(number)
 
@@ -251,7 +278,18 @@ class OpenedImage:
         if stream == MEMORY:
             self._pages.note_leaf(first, leaf)
 
-    # --- the sweep
+    def block_landed(self, ref: BlockRef, block: IndexBlock, window: int) -> None:
+        self.locator.keep(ref, block)
+        with suppress(NeedBlock, CorruptObjectError):
+            self.locator.find_here(MEMORY, window)
+
+    def pages_landed(self, first: int, count: int) -> None:
+        self._pages.pages_landed(first, count)
+
+    # --- foresight and the sweep
+
+    async def find_chunk(self, window: int, priority: Priority) -> ChunkRef | None:
+        return await self.locator.find(MEMORY, window, priority)
 
     @property
     def sink_is_full(self) -> bool:
@@ -280,17 +318,30 @@ async def open_image(location: str, options: FetchOptions, make_sink: SinkFactor
     Raises StoreError where the image cannot be had: a mount that cannot start says so and does not wait.
     """
     where = parse_location(location)
-    store = open_store(where, connections=options.connections)
+    # One more, for the working set.
+    store = open_store(where, connections=options.connections + 1)
     try:
-        image = await trio.to_thread.run_sync(partial(load_image, store, where.name, Codec()), abandon_on_cancel=True)
-        sink = await trio.to_thread.run_sync(make_sink, image)
-        try:
-            async with trio.open_nursery() as nursery:
-                opened = OpenedImage(str(where), image, store, sink, options)
+        async with trio.open_nursery() as nursery:
+            pointer = await _in_thread(load_name, store, where.name)
+            published = None
+            if options.prefetch != "none":
+                published = PublishedSet(store, pointer.manifest)
+                nursery.start_soon(published.begin, name="working set")
+            image = await _in_thread(load_named, store, where.name, pointer, Codec())
+            sink = await trio.to_thread.run_sync(make_sink, image)
+            try:
+                opened = OpenedImage(str(where), image, store, sink, options, published)
                 nursery.start_soon(opened.run, name="fetch")
-                yield opened
+                try:
+                    yield opened
+                finally:
+                    opened.foresight.save()
                 nursery.cancel_scope.cancel()
-        finally:
-            sink.close()
+            finally:
+                sink.close()
     finally:
         store.close()
+
+
+async def _in_thread(call: Callable[..., T], *args: object) -> T:
+    return await trio.to_thread.run_sync(partial(call, *args), abandon_on_cancel=True)

@@ -10,8 +10,9 @@ from typing import Literal
 class FetchOptions:
     """Defaults are those of ``mount.imagefs``."""
 
-    prefetch: Literal["none", "all"] = "all"
-    """``none``: only what is read is fetched; ``all``: the rest of the image follows in the background."""
+    prefetch: Literal["none", "ws", "all"] = "all"
+    """``none``: only what is read is fetched; ``ws``: and the recorded working set, before it is read; ``all``: and
+    what lies beside a touch, and the rest of the image in the background."""
     timeout: float | None = None
     """Seconds until a read fails (``soft,timeo=``); None waits as long as it takes (``hard``)."""
     connections: int = 8

@@ -36,6 +36,12 @@ class PageSink(Protocol):
 
     def put_block(self, digest: bytes, data: bytes) -> None: ...
 
+    def working_set(self) -> bytes | None:
+        """What was put under this name, by this mount or an earlier one of the image; not looked at."""
+
+    def put_working_set(self, text: bytes) -> None:
+        """Keep the recordings of this host, if that is possible: they are a hint."""
+
     def bitmap(self, offset: int, length: int) -> bytes:
         """Bytes of the presence bitmap: page p is bit p % 8, LSB first, of byte p // 8."""
 

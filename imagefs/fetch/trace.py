@@ -9,14 +9,14 @@ from array import array
 from imagefs.errors import UsageError
 
 LIMIT = 1 << 17
-"""Touches kept: 8 GiB by windows, half a gibibyte by single pages. A guest that runs for weeks must not fill
-the daemon's memory."""
+"""Touches kept: 16 GiB of a file that is read, half a gibibyte by single pages. A guest that runs for weeks must not
+fill the daemon's memory."""
 MAX_ORIGIN = 32
 OWN = "read"
 
 
 class TouchTrace:
-    """Implements :class:`imagefs.fetch.view.Trace`. Own touches are whole windows, helpers append single pages."""
+    """Implements :class:`imagefs.fetch.view.Trace`. Own touches are the pages of a read, helpers append single ones."""
 
     def __init__(self, pages: int) -> None:
         self._pages = pages

@@ -44,7 +44,7 @@ class MountOptions:
     soft: bool = False
     timeo: float = DEFAULT_TIMEO
     """Seconds until a read on a soft mount fails."""
-    prefetch: Literal["none", "all"] = "all"
+    prefetch: Literal["none", "ws", "all"] = "all"
     connections: int = 8
     readahead: int | None = None
     """KiB that the kernel reads ahead; None leaves its default of 128. See docs/mounting.md for what was measured."""
@@ -128,8 +128,8 @@ def _valued(name: str, value: str) -> dict[str, Any]:
         case "timeo":
             return {"timeo": _seconds(name, value)}
         case "prefetch":
-            if value not in ("none", "all"):
-                raise UsageError(f"prefetch={value}: none or all")
+            if value not in ("none", "ws", "all"):
+                raise UsageError(f"prefetch={value}: none, ws or all")
             return {"prefetch": value}
         case "readahead":
             return {"readahead": _number(name, value, 0, MAX_READAHEAD)}

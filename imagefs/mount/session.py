@@ -24,7 +24,7 @@ Session = Callable[[str, MountOptions], AbstractAsyncContextManager[ImageView]]
 def open_session(source: str, options: MountOptions) -> AbstractAsyncContextManager[ImageView]:
     """The real one: pages come from the store and are kept in the cache."""
     # Without a place to keep it, what the sweep brings would push out what was touched, and come again and again.
-    prefetch = options.prefetch if options.use_cache else "none"
+    prefetch = "ws" if options.prefetch == "all" and not options.use_cache else options.prefetch
     fetch = FetchOptions(prefetch=prefetch, timeout=options.timeout, connections=options.connections)
     return open_image(source, fetch, partial(_make_sink, options))
 

@@ -23,6 +23,7 @@ taking in a whole pack for each chunk would look like a slow link and be a broke
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import requests
 
@@ -130,21 +131,25 @@ class Answer:
         return count
 
     def read(self, count: int | None, limit: int) -> bytes:
-        """The body: ``count`` bytes, or up to ``limit`` if None. Asks for one more, to see a body that is too long."""
+        """The body: ``count`` bytes, or up to ``limit`` if None."""
+        pieces = list(self.pieces(count, limit, _PIECE))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def pieces(self, count: int | None, limit: int, size: int) -> Iterator[bytes]:
+        """The body in pieces of ``size`` bytes. Asks for one byte more than there may be, to see a body that is too
+        long."""
         bound = (limit if count is None else count) + 1
-        pieces: list[bytes] = []
         got = 0
         while got < bound:
-            piece = self._response.raw.read(min(bound - got, _PIECE), decode_content=False)
+            piece = self._response.raw.read(min(bound - got, size), decode_content=False)
             if not piece:
                 break
-            pieces.append(piece)
             got += len(piece)
-        if got == bound:
-            raise self._corrupt(f"the server sent more than {bound - 1} bytes")
+            if got == bound:
+                raise self._corrupt(f"the server sent more than {bound - 1} bytes")
+            yield piece
         if count is not None and got < count:
             raise self._corrupt(f"the server sent {got} of {count} bytes")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def drain(self) -> None:
         """Read a short body that nobody wants, so that its connection can be used again."""

@@ -7,6 +7,7 @@ URL and in an object store. Nothing that came over the network is joined to a pa
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Protocol
 
 from imagefs.errors import CorruptObjectError, UsageError
@@ -21,6 +22,12 @@ OBJECTS = "objects"
 """The directory of a store that holds content-addressed objects; no image can have this name."""
 
 READ_ONLY = "an HTTP server cannot be written to; write into the directory that it serves"
+
+WORKING_SETS = "working-sets"
+"""The directory of a store that holds a working set for some of its images; no image can have this name."""
+
+RESERVED = {OBJECTS: "its objects", WORKING_SETS: "working sets"}
+"""Names that no image can have, and what the store keeps there."""
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", re.ASCII)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://", re.ASCII)
@@ -45,6 +52,14 @@ class Store(Protocol):
 
         Exact: an object that is too short is a :class:`~imagefs.errors.CorruptObjectError`, as is one of more
         than ``limit`` bytes where ``length`` is None. A length of zero gives ``b""`` without looking.
+        """
+
+    def stream(self, key: str, start: int = 0, limit: int = DEFAULT_LIMIT) -> Iterator[bytes]:
+        """The object from byte ``start`` to its end, in pieces as they come, none of them empty.
+
+        The request is made with the first ``next``. An object with more than ``limit`` bytes from there on is a
+        :class:`~imagefs.errors.CorruptObjectError`. The time that the caller takes between pieces counts for nothing.
+        Close the generator to end early.
         """
 
     def size(self, key: str) -> int:
@@ -103,6 +118,11 @@ def object_key(digest_hex: str) -> str:
     if _DIGEST.fullmatch(digest_hex) is None:
         raise UsageError(f"{digest_hex[:80]!r} is not a digest in lower-case hexadecimal")
     return f"{OBJECTS}/{digest_hex[:2]}/{digest_hex}"
+
+
+def working_set_key(manifest: bytes) -> str:
+    """The key of the working set of the image with this manifest."""
+    return f"{WORKING_SETS}/{manifest.hex()}"
 
 
 def is_url(location: str) -> bool:

@@ -16,7 +16,7 @@ import secrets
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from imagefs.errors import (
 )
 from imagefs.store.base import DEFAULT_LIMIT, check_extent, check_key, check_span
 
+PIECE = 256 << 10
+"""Bytes of a piece of a stream."""
 _TEMPORARY = ".tmp"
 _NO_OBJECT = "no such object"
 _RENAME_ATTEMPTS = 100
@@ -85,23 +87,24 @@ class DirectoryStore:
         path = self._path(key)
         if length == 0:
             return b""
-        try:
-            # O_NONBLOCK: a fifo that lies about in a store must not hang the opener; files ignore it.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                status = os.fstat(fd)
-                if not stat.S_ISREG(status.st_mode):
-                    raise MissingObjectError(_NO_OBJECT, key=key, origin=self.origin)
-                count = check_extent(key, self.origin, status.st_size, start, length, limit)
-                data = _pread_all(fd, count, start)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise self._failure(error, key) from error
+        with self._opened(path, key) as (fd, size):
+            count = check_extent(key, self.origin, size, start, length, limit)
+            data = _pread_all(fd, count, start)
         if len(data) != count:
             # Someone truncated the file after fstat; say what is true now.
             check_extent(key, self.origin, start + len(data), start, count, limit)
         return data
+
+    def stream(self, key: str, start: int = 0, limit: int = DEFAULT_LIMIT) -> Iterator[bytes]:
+        check_span(start, None)
+        with self._opened(self._path(key), key) as (fd, size):
+            end = start + check_extent(key, self.origin, size, start, None, limit)
+            while start < end:
+                piece = os.pread(fd, min(PIECE, end - start), start)
+                if not piece:
+                    check_extent(key, self.origin, start, start, end - start, limit)
+                yield piece
+                start += len(piece)
 
     def size(self, key: str) -> int:
         try:
@@ -184,6 +187,22 @@ class DirectoryStore:
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
+
+    @contextmanager
+    def _opened(self, path: Path, key: str) -> Iterator[tuple[int, int]]:
+        """Descriptor and size of an object; errors inside the block become those of the store."""
+        try:
+            # O_NONBLOCK: a fifo that lies about in a store must not hang the opener; files ignore it.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                status = os.fstat(fd)
+                if not stat.S_ISREG(status.st_mode):
+                    raise MissingObjectError(_NO_OBJECT, key=key, origin=self.origin)
+                yield fd, status.st_size
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise self._failure(error, key) from error
 
     def _failure(self, error: OSError, key: str) -> ImagefsError:
         if isinstance(error, FileNotFoundError | NotADirectoryError) and not self._root.is_dir():

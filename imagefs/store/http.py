@@ -33,6 +33,8 @@ from imagefs.store.answer import Answer
 from imagefs.store.base import DEFAULT_LIMIT, READ_ONLY, check_key, check_span, without_credentials
 from imagefs.store.transport import Attempt, DeadlineAdapter, bounded, describe_failure
 
+STREAM_PIECE = 64 << 10
+"""Bytes of a piece of a stream: 5 ms of 100 Mbit/s."""
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
@@ -128,6 +130,23 @@ class HttpStore:
             self._bytes_received += len(data)
         return data
 
+    def stream(self, key: str, start: int = 0, limit: int = DEFAULT_LIMIT) -> Iterator[bytes]:
+        check_key(key)
+        check_span(start, None)
+        wanted = f"bytes={start}-" if start else None
+        with self._exchange("GET", key, wanted) as (answer, attempt):
+            count = answer.whole_length(limit) if wanted is None else answer.range_length(start, None, limit)
+            pieces = iter(()) if answer.status == 416 else answer.pieces(count, limit, STREAM_PIECE)
+            while True:
+                # Anew for each piece: a stream may take as long as it takes, and so may its reader.
+                attempt.deadline = time.monotonic() + self._read_timeout + STREAM_PIECE / self._slowest
+                piece = next(pieces, b"")
+                if not piece:
+                    return
+                with self._lock:
+                    self._bytes_received += len(piece)
+                yield piece
+
     def size(self, key: str) -> int:
         with self._exchange("HEAD", check_key(key)) as (answer, _):
             answer.drain()
@@ -161,13 +180,15 @@ class HttpStore:
         try:
             with bounded(attempt):
                 answer = self._send(method, key, byte_range)
-                try:
-                    answer.check_status(ranged=byte_range is not None)
-                    yield answer, attempt
-                finally:
-                    answer.close()
+            # The answer keeps its attempt, whatever thread reads it.
+            try:
+                answer.check_status(ranged=byte_range is not None)
+                yield answer, attempt
+            finally:
+                answer.close()
             failed = False
-        except MissingObjectError:
+        except (MissingObjectError, GeneratorExit):
+            # Not there, or a stream of which somebody has seen enough: no error of the store's.
             failed = False
             raise
         except StoreError:

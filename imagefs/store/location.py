@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from imagefs.errors import ReadOnlyStoreError, UsageError
-from imagefs.store.base import OBJECTS, READ_ONLY, Store, check_key, is_url, without_credentials
+from imagefs.store.base import READ_ONLY, RESERVED, Store, check_key, is_url, without_credentials
 from imagefs.store.directory import DirectoryStore
 
 
@@ -92,6 +92,6 @@ def _check_name(name: str, text: str) -> str:
     except UsageError:
         message = f"{where}: {name!r} cannot be an image's name: letters, digits, '.', '_' and '-', no dot in front"
         raise UsageError(message) from None
-    if name == OBJECTS:
-        raise UsageError(f"{where}: {OBJECTS!r} is where the store keeps its objects, not an image's name")
+    if name in RESERVED:
+        raise UsageError(f"{where}: {name!r} is where the store keeps {RESERVED[name]}, not an image's name")
     return name

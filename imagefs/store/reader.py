@@ -44,11 +44,20 @@ class Image:
 
 
 def load_image(store: Store, name: str, codec: Codec) -> Image:
-    """Name, manifest and metadata: three requests, one after the other.
+    """Name, manifest and metadata: three requests, one after the other. Raises what the two steps do."""
+    return load_named(store, name, load_name(store, name), codec)
 
-    Raises CorruptObjectError also where the three contradict each other, so that nobody needs to look again.
+
+def load_name(store: Store, name: str) -> Name:
+    """Which image the name means now: one request."""
+    return Name.decode(_get_name(store, name), key=name, origin=store.origin)
+
+
+def load_named(store: Store, name: str, pointer: Name, codec: Codec) -> Image:
+    """Manifest and metadata: two requests, one after the other.
+
+    Raises CorruptObjectError also where they contradict each other, so that nobody needs to look again.
     """
-    pointer = Name.decode(_get_name(store, name), key=name, origin=store.origin)
     data = get_object(store, pointer.manifest, pointer.size)
     key = object_key(pointer.manifest.hex())
     manifest = Manifest.decode(data, key=key, origin=store.origin)

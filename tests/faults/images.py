@@ -129,7 +129,7 @@ def request_for(place: PayloadRef) -> tuple[str, str]:
 
 
 def requests_to(server: Nginx) -> list[Request]:
-    """All requests that have been answered, in order.
+    """All requests that have been answered, in order, but for that for a working set, which is made beside others.
 
     nginx logs one after the last byte of its answer has gone. A request of our own shows that it has come so far: it
     does one thing at a time.
@@ -140,7 +140,7 @@ def requests_to(server: Nginx) -> list[Request]:
         connection.request("GET", mark)
         connection.getresponse().read()
     logged = server.wait_for_requests(lambda requests: any(request.path == mark for request in requests))
-    return [request for request in logged if not request.path.startswith("/mark-")]
+    return [request for request in logged if not request.path.startswith(("/mark-", "/working-sets/"))]
 
 
 def pack_requests(requests: Iterable[Request], images: Iterable[RealImage]) -> list[Request]:

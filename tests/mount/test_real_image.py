@@ -311,7 +311,7 @@ def test_present_is_what_was_read(shown: dict[str, Shown], server: Nginx, mount:
     assert set(mounted.present()) == here | zero
     # The touches, in order.
     trace = [line.split() for line in (mounted.path / ".imagefs/trace").read_text().splitlines()]
-    assert [(int(page), int(count)) for _, page, count, _ in trace] == [(288, 16), (112, 16), (400, 16)]
+    assert [(int(page), int(count)) for _, page, count, _ in trace] == [(page, 1) for page in read]
     seconds = [float(fields[0]) for fields in trace]
     assert seconds == sorted(seconds)
     check_same(mounted.read_page(read[0]), image.page(read[0]), "page", read[0])

@@ -128,7 +128,7 @@ class ReferenceReader:
         self.store = store
         # Name
         need(re.fullmatch(r"(?!.*\.\.)[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", name) is not None, f"name: {name!r}")
-        need(name != "objects", "name: objects")
+        need(name not in ("objects", "working-sets"), f"name: {name}")
         data = (store / name).read_bytes()
         need(len(data) <= NAME_LIMIT, "name: too long")
         pointer = closed_object(data, "name", {"imagefs": int, "manifest": bytes, "size": int})
@@ -322,8 +322,10 @@ class ReferenceReader:
         need(not taker.rest, "index block: too long")
         return present, entries
 
-    def find(self, stream: str, window: int) -> tuple[Any, ...] | None:
-        """The entry of a window's chunk."""
+    def find(
+        self, stream: str, window: int, only: dict[bytes, bytes] | None = None, down_to: int = 0
+    ) -> tuple[Any, ...] | None:
+        """The entry of a window's chunk (or of its block of a level); with ``only``, by these blocks alone."""
         root = self.streams[stream].get("root")
         if root is None:
             return None
@@ -335,13 +337,18 @@ class ReferenceReader:
         offset, length = integer(root.get("offset"), "root"), integer(root.get("length"), "root")
         while True:
             need(0 < length <= BLOCK_LIMIT, "index block: length")
-            data, number = self.get_payload(digest, pack, offset, length), window // FANOUT ** (level + 1)
+            if only is None:
+                data = self.get_payload(digest, pack, offset, length)
+            else:
+                need(digest in only, "working set: an index block is missing")
+                data = only[digest]
+            number = window // FANOUT ** (level + 1)
             present, entries = self.read_block(digest, data, level, number, windows)
             slot = window // FANOUT**level % FANOUT
             if slot not in present:
                 return None
             entry = entries[present.index(slot)]
-            if level == 0:
+            if level == down_to:
                 return entry
             digest, pack, offset, length, _ = entry
             level -= 1
@@ -369,6 +376,62 @@ class ReferenceReader:
         first = offset // self.window
         data = b"".join(self.read_window(stream, number) for number in range(first, -(-end // self.window)))
         return data[offset - first * self.window : end - first * self.window]
+
+    # --- Working set
+
+    def read_working_set(self) -> list[tuple[int, int, bytes]]:
+        """Page number, recordings and bytes of each page that the set carries, in its order."""
+        data = (self.store / "working-sets" / self.identity.hex()).read_bytes()
+        taker = Taker(data)
+        magic, manifest, size, records, pages = taker.fields("<8s32sQII")
+        need(magic == b"IFSWSET1" and manifest == self.identity, "working set: magic or manifest")
+        need(size == len(data) <= 1 << 29, "working set: size")
+        need(pages <= 65_536 and records <= pages + 512, "working set: pages or records")
+        # Whatever of the index a set needs, it brings, or the metadata object has brought.
+        blocks = dict(self.parts)
+        found: list[tuple[int, int, bytes]] = []
+        for _ in range(records):
+            kind, level, count, table, frame = taker.fields("<BBHII")
+            entries, content = Taker(taker.take(table)), taker.take(frame)
+            if kind == 1:
+                need(count == 1, "working set: count of a block")
+                (window,) = entries.fields("<Q")
+                block = unframed(content, BLOCK_LIMIT, exact=False)
+                self.find("memory", window, {**blocks, hash_of(block): block}, down_to=level)
+                blocks[hash_of(block)] = block
+            else:
+                need(kind == 2 and level == 0 and 1 <= count <= 64, "working set: kind, level or count")
+                found += self.carried_pages(entries, count, content, blocks)
+            need(not entries.rest, "working set: table too long")
+        need(not taker.rest and len(found) == pages, "working set: number of records or pages")
+        need(len(blocks) - len(self.parts) <= 512, "working set: too many blocks")
+        return found
+
+    def carried_pages(
+        self, entries: Taker, count: int, frame: bytes, blocks: dict[bytes, bytes]
+    ) -> list[tuple[int, int, bytes]]:
+        windows = []
+        for _ in range(count):
+            window, recordings, reserved, siblings = entries.fields("<QBBH")
+            carried = bits_of(entries.take(self.chunk_pages // 8))
+            need(reserved == 0 and recordings > 0 and len(carried) > 0, "working set: window")
+            windows.append((window, recordings, carried, [entries.take(32) for _ in range(siblings)]))
+        total = sum(len(carried) for _, _, carried, _ in windows)
+        need(total <= 1087, "working set: pages of a record")
+        content = Taker(unframed(frame, PAGE * total))
+        found = []
+        for window, recordings, carried, siblings in windows:
+            need(window < -(-self.size("memory") // self.window), "working set: beyond the memory")
+            entry = self.find("memory", window, blocks)
+            need(entry is not None, "working set: a window of zeros")
+            assert entry is not None
+            digest, pages = entry[0], entry[4]
+            need(set(carried) <= set(pages) and len(carried) + len(siblings) == len(pages), "working set: carried")
+            each = {page: content.take(PAGE) for page in carried}
+            digests = [hash_of(each[page]) if page in each else siblings.pop(0) for page in pages]
+            need(hash_of(b"".join(digests)) == digest, "working set: digest")
+            found += [(window * self.chunk_pages + page, recordings, data) for page, data in each.items()]
+        return found
 
     # --- Native template
 

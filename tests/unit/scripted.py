@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from imagefs.store.base import DEFAULT_LIMIT
@@ -17,6 +17,7 @@ class ScriptedStore(DirectoryStore):
     directory: DirectoryStore
     script: Callable[[str, int, int | None], bytes | None] = field(default=lambda key, start, length: None)
     gets: list[tuple[str, int, int | None]] = field(default_factory=list)
+    piece: int = 1 << 16
     gate: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -28,3 +29,11 @@ class ScriptedStore(DirectoryStore):
         self.gate.wait()
         answer = self.script(key, start, length)
         return super().get(key, start, length, limit) if answer is None else answer
+
+    def stream(self, key: str, start: int = 0, limit: int = DEFAULT_LIMIT) -> Iterator[bytes]:
+        """As ``get`` of the rest, in pieces of :attr:`piece` bytes, each of which asks the script."""
+        end = self.directory.size(key)
+        while start < end:
+            length = min(self.piece, end - start)
+            yield self.get(key, start, length)
+            start += length

@@ -345,7 +345,7 @@ async def test_page_info_and_trace(setup: Setup) -> None:
         assert after.digest is not None
         opened.trace.append_text(b"0.5 7 2 pager\n")
         lines = [line.split()[1:] for line in opened.trace.text().decode().splitlines()]
-        assert lines == [[str(9 * 16), "16", "read"], ["7", "2", "pager"]]
+        assert lines == [[str(page), "1", "read"], ["7", "2", "pager"]]
 
 
 async def test_a_soft_mount_waits_for_an_index_block_no_longer_than_for_a_page(setup: Setup) -> None:

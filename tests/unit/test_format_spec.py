@@ -25,12 +25,13 @@ from imagefs.image.geometry import Geometry, Region, flat_geometry
 from imagefs.image.native import NativeTemplate, TemplateBuilder
 from imagefs.image.native_files import NativeFile
 from imagefs.image.native_reader import NativeReader
-from imagefs.store import advance, base, reader, writer
+from imagefs.image.workingset import WorkingSet
+from imagefs.store import advance, base, reader, workingset, writer
 from imagefs.store.directory import DirectoryStore
 from imagefs.store.verify import Verifier
 from tests.unit import format_example, streams
 from tests.unit.captures import capture_of, memory_of
-from tests.unit.format_example import NAME, example, files, write
+from tests.unit.format_example import MEMORY, NAME, example, files, write
 from tests.unit.reference_reader import BLOCK_LIMIT, FANOUT, PAGE, ReferenceReader, Refused, bits_of, hash_of
 
 
@@ -164,6 +165,48 @@ def test_both_readers_read_what_the_writer_writes(
     image.parts.clear()  # the same from the packs alone
     assert image.read_native() == file
     check_packs(root)
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_both_readers_read_a_working_set(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    root = tmp_path_factory.mktemp("store") / "s"
+    pages = data.draw(st.integers(1, 600), "pages")
+    memory = memory_of(pages, data.draw(st.integers(0, 2**32), "seed"), data.draw(st.sampled_from([0.0, 0.6])))
+    write(root, capture_of(memory), data.draw(st.sampled_from([8, 16, 64]), "chunk_pages"))
+    store, codec = DirectoryStore(root), chunks.Codec()
+    image = reader.load_image(store, NAME, codec)
+    if data.draw(st.booleans(), "the set carries the index"):
+        image = replace(image, metadata=replace(image.metadata, parts={}))
+    pages_wanted = tuple(data.draw(st.sets(st.integers(0, pages - 1)), "wanted"))
+    wanted = WorkingSet(pages_wanted, (3,) * len(pages_wanted))
+    workingset.publish(reader.ImageReader(store, image, codec), wanted, codec)
+    found = ReferenceReader(root, NAME).read_working_set()
+    assert [(page, often) for page, often, _ in found] == list(workingset.read_set(store, image, codec).items())
+    assert all(content == memory[PAGE * page : PAGE * (page + 1)] for page, _, content in found)
+    needed = {page for page in wanted.pages if any(memory[PAGE * page : PAGE * (page + 1)])}
+    assert needed <= {page for page, _, _ in found}
+    assert {often for _, often, _ in found} <= {3}
+
+
+def test_damage_of_a_working_set(tmp_path: Path, rng: random.Random) -> None:
+    """Flipped and cut everywhere: both readers refuse it, or read the same right pages."""
+    root = tmp_path / "s"
+    write(root, example())
+    store, codec = DirectoryStore(root), chunks.Codec()
+    image = reader.load_image(store, NAME, codec)
+    image = replace(image, metadata=replace(image.metadata, parts={}))
+    workingset.publish(reader.ImageReader(store, image, codec), WorkingSet((2,), (1,)), codec)
+    key = base.working_set_key(image.digest)
+    original = store.get(key)
+    want = MEMORY[2 * PAGE :]
+    assert ReferenceReader(root, NAME).read_working_set() == [(2, 1, want)]
+    for data in damaged(rng, original):
+        (root / key).write_bytes(data)
+        with suppress(StoreError):
+            assert workingset.read_set(store, image, codec).pages == (2,)
+            # Only how many recordings it is from may be another number.
+            assert ReferenceReader(root, NAME).read_working_set()[0][::2] == (2, want)
 
 
 def test_an_index_of_several_levels(tmp_path: Path) -> None:

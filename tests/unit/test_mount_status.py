@@ -39,6 +39,13 @@ def sample(**mount: Any) -> dict[str, Any]:
     }
 
 
+def test_a_working_set_is_shown() -> None:
+    found = {"state": "streaming", "pages": 100, "pages_landed": 40, "bytes": 4 << 20, "bytes_received": 1 << 20}
+    shown = dict(rows("/mnt/vm1", {**sample(), "working_set": {**found, "local_pages": 7}}))
+    assert shown["recorded"] == "streaming: 40 of 100 pages, 1.0 MiB of 4.0 MiB; 7 pages recorded on this host"
+    assert "recorded" not in dict(rows("/mnt/vm1", {**sample(), "working_set": {"state": "none", "local_pages": 0}}))
+
+
 def test_rows() -> None:
     waits = {"waited": 5, "wait_p50": 0.045, "wait_p99": 1.5, "longest_stall": 2.0, "waiting": 3, "uptime": 3720.0}
     shown = dict(rows("/mnt/vm1", sample(**waits, errors={"read": 4})))

@@ -1,0 +1,127 @@
+"""What is fetched before anyone asks for it: the recorded working sets, and then the sweep; and recording the next set.
+
+The order: the published set, which streams; then what only recordings of this host have, window by window; then, if it
+is wanted, all the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import trio
+
+from imagefs.errors import StoreError
+from imagefs.fetch.flights import Priority
+from imagefs.fetch.published import PublishedSet, SetTarget
+from imagefs.fetch.recording import parse_trace, working_set_of
+from imagefs.fetch.scheduler import Scheduler
+from imagefs.fetch.sink import PageSink
+from imagefs.fetch.trace import TouchTrace
+from imagefs.image.index import ChunkRef
+from imagefs.image.workingset import WorkingSet, from_text, merge, to_text
+from imagefs.store.reader import Image
+
+log = logging.getLogger(__name__)
+
+AHEAD = 64
+"""Windows of a local recording that are queued at a time."""
+GROUP = 32
+"""Of these so many are sorted by number, so that requests for neighbours join."""
+START_SECONDS = 5.0
+"""After the mount of an image with a working set: who has recorded one starts a guest now, and nothing is swept until
+that touches something. Pulled out of the air."""
+FIRST_SAVE = 15.0
+"""Seconds until a recording is kept for the first time; doubled each time. At the end of the mount it is kept, too."""
+
+
+class ForesightTarget(SetTarget, Protocol):
+    """What is fetched into."""
+
+    async def find_chunk(self, window: int, priority: Priority) -> ChunkRef | None:
+        """The chunk of a window of memory. Raises StoreError where it cannot be told."""
+
+    def want_window(self, window: int, chunk: ChunkRef, priority: Priority) -> None: ...
+
+
+class Foresight:
+    """The working sets of one mount. One event loop."""
+
+    def __init__(self, image: Image, sink: PageSink, trace: TouchTrace, published: PublishedSet | None) -> None:
+        self.published = published
+        self._image = image
+        self._sink = sink
+        self._trace = trace
+        self._begun = trio.current_time()
+        self._local = self._load()
+        self._saved = 0
+
+    @property
+    def streaming(self) -> bool:
+        """Whether pages that are known to be wanted fill the link just now."""
+        return self.published is not None and self.published.progress.state == "streaming"
+
+    def statistics(self) -> dict[str, Any]:
+        published = {"state": "none"} if self.published is None else self.published.statistics()
+        return {**published, "local_pages": len(self._local)}
+
+    async def fetch(self, target: ForesightTarget, scheduler: Scheduler) -> None:
+        """Everything that recordings know of. Returns when it is here or queued, and a guest has had time to start."""
+        if self.published is not None:
+            await self.published.land(self._image, self._sink, target)
+        await self._fetch_local(target, scheduler)
+        if len(self._local) or (self.published is not None and self.published.progress.pages):
+            await trio.sleep_until(self._begun + START_SECONDS)
+
+    async def _fetch_local(self, target: ForesightTarget, scheduler: Scheduler) -> None:
+        chunk_pages = self._image.manifest.chunk_pages
+        missing = dict.fromkeys(page // chunk_pages for page in self._local.pages if not self._sink.has(page, 1))
+        windows = list(missing)
+        for at in range(0, len(windows), GROUP):
+            for window in sorted(windows[at : at + GROUP]):
+                await scheduler.wait_for_slack(Priority.WORKING_SET, AHEAD)
+                try:
+                    chunk = await target.find_chunk(window, Priority.WORKING_SET)
+                except StoreError as error:
+                    log.info("not fetched ahead: window %d: %s", window, error)
+                    continue
+                if chunk is not None:
+                    target.want_window(window, chunk, Priority.WORKING_SET)
+
+    # --- recording
+
+    async def record(self) -> None:
+        """Keep the recording now and then, so that a daemon that is killed has not lost it. Runs until cancelled."""
+        pause = FIRST_SAVE
+        while True:
+            await trio.sleep(pause)
+            pause *= 2
+            await trio.to_thread.run_sync(self._saver())
+
+    def save(self) -> None:
+        """Keep the recording, if anything has been touched since it was kept last."""
+        self._saver()()
+
+    def _saver(self) -> Callable[[], None]:
+        touches = len(self._trace)
+        if touches == self._saved:
+            return lambda: None
+        self._saved = touches
+        return partial(_save, self._sink, self._local, self._trace.text())
+
+    def _load(self) -> WorkingSet:
+        text = self._sink.working_set()
+        if text is not None:
+            try:
+                return from_text(text, self._image.metadata.geometry.pages)
+            except ValueError as error:
+                log.warning("the cache's recording of the working set is ignored: %s", error)
+        return WorkingSet()
+
+
+def _save(sink: PageSink, before: WorkingSet, trace: bytes) -> None:
+    found = working_set_of(parse_trace(trace))
+    if len(found):
+        sink.put_working_set(to_text(merge([before, found])))
