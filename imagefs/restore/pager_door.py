@@ -52,18 +52,20 @@ class PagerDoor:
         page_count(image)
         qemu = mapping_qemu(request, is_paged=True)
         with ExitStack() as stack:
-            socket = request.socket or stack.enter_context(private_directory()) / "pager"
+            # Gone once QEMU has connected, so that nothing is left if this process is killed.
+            place = stack.enter_context(ExitStack())
+            socket = request.socket or place.enter_context(private_directory()) / "pager"
             if request.print_only:
                 print(qemu.for_shell({SOCKET: str(socket)}))
                 log.warning(
                     "first start its pager: imagefs restore %s --door pager --socket %s", image.mountpoint, socket
                 )
                 return 0
-            listener = stack.enter_context(Listener(socket))
+            listener = place.enter_context(Listener(socket))
             state = stack.enter_context(SharedState.anonymous(page_count(image)))
             vmm = stack.enter_context(_start(qemu, socket, state))
             handover = listener.wait(image.ram_bytes, vmm)
-            listener.close()
+            place.close()
             if handover is not None:
                 stack.callback(handover.close)
                 _supervise(image, vmm, handover, state)

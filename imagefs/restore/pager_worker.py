@@ -112,6 +112,8 @@ def _serve(pager: Pager, job: Job) -> Outcome:
     select.select([pager, job.vmm], [], [])
     status, error = pager.status, pager.error
     if status is Status.COMPLETE:
+        # So that the mount is free at once, and not when the last thread has left.
+        pager.close()
         _drain(job.uffd)
     if error is not None:
         return Outcome(status.name, f"{job.image.memory}: {error.reason}", error.reading)

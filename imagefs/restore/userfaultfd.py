@@ -10,8 +10,8 @@ DEVICE = Path("dev/userfaultfd")
 _CAP_SYS_PTRACE = 19
 
 ADVICE = (
-    "allow it with sysctl vm.unprivileged_userfaultfd=1, or give QEMU the capability CAP_SYS_PTRACE (root has it), or, "
-    "for QEMU 8.1 and newer, let its user read and write /dev/userfaultfd"
+    "allow it with sysctl vm.unprivileged_userfaultfd=1, or give QEMU the capability CAP_SYS_PTRACE (root has it), or "
+    "let its user read and write /dev/userfaultfd (which QEMU itself, by the door postcopy, uses from version 8.1 on)"
 )
 
 
