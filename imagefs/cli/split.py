@@ -54,6 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the file with the memory where SOURCE has none: a QEMU state saved with x-ignore-shared, the state of a"
         " Firecracker snapshot; again for each diff laid over it",
     )
+    parser.add_argument("--snapshot", metavar="NAME", help="which snapshot of a qcow2 image (default: the only one)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -62,7 +63,14 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("standard input is closed")
     source = sys.stdin.buffer if args.source == "-" else Path(args.source)
     with signals_as_exceptions():
-        split_stream(source, args.target, memory_files=args.memory, format=args.format, quiet=args.quiet)
+        split_stream(
+            source,
+            args.target,
+            memory_files=args.memory,
+            format=args.format,
+            snapshot=args.snapshot,
+            quiet=args.quiet,
+        )
     return 0
 
 
@@ -72,6 +80,7 @@ def split_stream(
     *,
     memory_files: Sequence[Path] = (),
     format: str | None = None,
+    snapshot: str | None = None,
     quiet: bool = False,
 ) -> None:
     """Split ``source`` into ``target`` and say what became of it; on any failure the store is as it was before."""
@@ -84,7 +93,9 @@ def split_stream(
         with SplitLock(store) as lock:
             try:
                 with (
-                    open_capture(source, spool_dir=store.root, format=format, memory_files=memory_files) as capture,
+                    open_capture(
+                        source, spool_dir=store.root, format=format, memory_files=memory_files, snapshot=snapshot
+                    ) as capture,
                     progress_bar("splitting", quiet=quiet) as progress,
                 ):
                     written = write_image(store, where.name, capture, progress=progress, lock=lock)

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from imagefs.errors import UnsupportedInputError, UsageError
-from imagefs.formats import cloud_hypervisor, criu, firecracker, libvirt_save, lime, qemu_migration, raw, vmware, xen
+from imagefs.formats import (
+    cloud_hypervisor,
+    criu,
+    firecracker,
+    libvirt_save,
+    lime,
+    qcow2,
+    qemu_migration,
+    raw,
+    vmware,
+    xen,
+)
 from imagefs.formats.base import Format, Input, Workspace
 from imagefs.formats.structure import with_structure
 from imagefs.image.capture import Capture
@@ -21,6 +32,7 @@ from imagefs.image.capture import Capture
 FORMATS: tuple[Format, ...] = (
     qemu_migration.FORMAT,
     libvirt_save.FORMAT,
+    qcow2.FORMAT,
     xen.FORMAT,
     firecracker.FORMAT,
     cloud_hypervisor.FORMAT,
@@ -44,7 +56,12 @@ def format_names() -> list[str]:
 
 @contextmanager
 def open_capture(
-    source: Path | BinaryIO, *, spool_dir: Path, format: str | None = None, memory_files: Sequence[Path] = ()
+    source: Path | BinaryIO,
+    *,
+    spool_dir: Path,
+    format: str | None = None,
+    memory_files: Sequence[Path] = (),
+    snapshot: str | None = None,
 ) -> Iterator[Capture]:
     """Read a saved VM; the capture's sources live as long as the context.
 
@@ -53,7 +70,7 @@ def open_capture(
     for regular files. ``format`` is one of :func:`format_names`; without it the format is recognised from the first
     64 KiB.
     ``memory_files`` hold the memory where it is not in ``source`` itself: the RAM file of a stream saved with
-    x-ignore-shared, for one.
+    x-ignore-shared, for one. ``snapshot`` says which one of a file with several is meant.
 
     Raises UsageError, UnsupportedInputError and NoSpaceError.
     """
@@ -64,8 +81,12 @@ def open_capture(
             name = getattr(source, "name", None)
             stream = Input(source, name if isinstance(name, str) else "the input", regular=False)
         chosen = _named(format) if format is not None else _recognise(stream)
+        stream.with_snapshot(snapshot)
         workspace = stack.enter_context(Workspace(spool_dir))
-        yield with_structure(chosen.read(stream, workspace, memory_files))
+        capture = chosen.read(stream, workspace, memory_files)
+        if stream.unasked_snapshot is not None:
+            raise UsageError(f"--snapshot {snapshot}: {stream.name} is of format {chosen.name}, which has no snapshots")
+        yield with_structure(capture)
 
 
 def _named(name: str) -> Format:

@@ -81,6 +81,7 @@ class Input:
         """As the caller gave it; None for a stream."""
         self.regular = regular
         """Whether it is a regular file at its offset zero, so that it need not be spooled."""
+        self._snapshot: str | None = None
         self._stream = cast(io.RawIOBase, stream)  # typing's BinaryIO knows no readinto
         self._given = 0
         head = bytearray(HEAD_SIZE)
@@ -100,6 +101,21 @@ class Input:
             raise UsageError(f"{path}: {error.strerror}") from error
         regular = stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
         return cls(cast(BinaryIO, stream), str(path), regular, path=path)
+
+    def with_snapshot(self, name: str | None) -> None:
+        """``name`` was said by ``--snapshot``; :attr:`snapshot` is to be asked for it."""
+        self._snapshot = name
+
+    @property
+    def snapshot(self) -> str | None:
+        """Which of several snapshots in the input is wanted, where that was said."""
+        name, self._snapshot = self._snapshot, None
+        return name
+
+    @property
+    def unasked_snapshot(self) -> str | None:
+        """What was said and no format has asked for."""
+        return self._snapshot
 
     @property
     def size(self) -> int | None:

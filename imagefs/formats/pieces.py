@@ -102,14 +102,15 @@ def record_file(native: TemplateBuilder, source: ByteSource, runs: Iterable[Page
     """The whole file into the native template: ``runs``, ascending and apart, as pages of memory, the rest as it is."""
     at = 0
     for run in runs:
-        _literals(native, source, at, run.offset)
+        record_literals(native, source, at, run.offset)
         native.pages(run.page, run.count)
         at = run.offset + run.count * PAGE_SIZE
-    _literals(native, source, at, source.size)
+    record_literals(native, source, at, source.size)
 
 
-def _literals(native: TemplateBuilder, source: ByteSource, start: int, stop: int) -> None:
-    """Holes and zeros take next to nothing: records without a page repeat one prefix."""
+def record_literals(native: TemplateBuilder, source: ByteSource, start: int, stop: int) -> None:
+    """Bytes ``[start, stop)`` of a file as they are. Holes and zeros take next to nothing: records without a page
+    repeat one prefix."""
     while start < stop:
         data_at = min(source.next_data(start), stop)
         _zeros(native, data_at - start)

@@ -95,6 +95,12 @@ class Spool:
             os.close(self._fd)
             self._fd = -1
 
+    @property
+    def path(self) -> str:
+        """By which another program can open it, as long as it is open here."""
+        self.flush()
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
     def resize(self, size: int) -> None:
         self.flush()
         try:
@@ -204,6 +210,11 @@ class FileSource:
     @property
     def name(self) -> str:
         return self._name
+
+    @property
+    def path(self) -> str:
+        """By which another program can open it, as long as it is open here."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -60,6 +60,8 @@ class Sample:
     lengths: tuple[Length, ...] = ()
     may_end: Callable[[str, int], bool] = field(default=_never)
     """Whether a file may end after so many bytes: the image is another one then, and nothing is wrong with it."""
+    tries: int = 1000
+    """Places tried in a file at most: few where reading it starts other programs."""
     sparse: frozenset[str] = frozenset()
     """Files whose pages of zeros are holes."""
 
@@ -71,8 +73,9 @@ class Sample:
         data: bytes,
         lengths: tuple[Length, ...] = (),
         may_end: Callable[[str, int], bool] = _never,
+        tries: int = 1000,
     ) -> Sample:
-        return cls(name, format, {"image": data}, "image", (), lengths, may_end)
+        return cls(name, format, {"image": data}, "image", (), lengths, may_end, tries)
 
     def write(self, directory: Path, changed: Mapping[str, bytes] | None = None) -> tuple[Path, list[Path]]:
         """The files, some of them ``changed``, into a directory. What to split, and what goes with ``--memory``."""

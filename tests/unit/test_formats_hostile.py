@@ -24,10 +24,8 @@ from imagefs.image.native_files import spans
 from imagefs.image.native_reader import NativeReader
 from tests.unit.samples import Length, Sample, all_samples
 
-CUTS = 1000
-"""Places tried in a file at most, chosen anew in each run."""
 IN_THE_STORE = 6
-"""Of these so many go through a whole split."""
+"""Of the places that are tried, chosen anew in each run, so many go through a whole split."""
 
 every_sample = pytest.mark.parametrize("sample", all_samples(), ids=lambda sample: sample.name)
 
@@ -123,7 +121,7 @@ def places(bench: Bench, file: str, rng: random.Random) -> list[int]:
     candidates = set(range(len(bench.sample.files[file])))
     for body in page_bodies(bench, file):
         candidates -= set(body) - set(rng.sample(body, 3))
-    return sorted(rng.sample(sorted(candidates), min(CUTS, len(candidates))))
+    return sorted(rng.sample(sorted(candidates), min(bench.sample.tries, len(candidates))))
 
 
 @every_sample
