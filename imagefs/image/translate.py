@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from imagefs.image import paging
 from imagefs.image.capture import ByteSource
 from imagefs.image.geometry import PAGE_SIZE, Geometry
-from imagefs.image.vcpu import CR4_PSE, VcpuState
+from imagefs.image.vcpu import VcpuState
 
 _KEPT_TABLES = 64
 
@@ -59,42 +59,39 @@ class AddressSpace:
     """The guest's memory as one vCPU sees it, by virtual addresses. Few reads: tables that were read are kept."""
 
     def __init__(self, memory: ByteSource, geometry: Geometry, vcpu: VcpuState) -> None:
-        self.levels = vcpu.levels
+        self._form = paging.Form.of(vcpu)
+        self._root = self._form.root(vcpu.cr3 or 0)
         self._memory = memory
         self._geometry = geometry
-        self._root = vcpu.cr3 or 0
-        self._large_pages = self.levels > 2 or vcpu.cr4 is None or bool(vcpu.cr4 & CR4_PSE)
         self._tables: dict[int, bytes] = {}
 
     def translate(self, virtual: int) -> Translation:
         """Whatever the tables say, it ends after as many steps as there are levels, and raises nothing."""
-        if not self.levels:
+        form = self._form
+        if not form.levels:
             return Translation(virtual, (), virtual, PAGE_SIZE)
         if not self._is_canonical(virtual):
-            return Translation(virtual, (), fault=f"no address of a guest with {self.levels} levels of page tables")
+            return Translation(virtual, (), fault=f"no address of a guest with {form.levels} levels of page tables")
         steps: list[Step] = []
-        table = self._root & (paging.ADDRESS if self.levels > 3 else paging.ADDRESS_32)
-        if self.levels == 3:
-            table = self._root & paging.PAE_ROOT
-        width, bits = (8, 9) if self.levels > 2 else (4, 10)
-        for level in range(self.levels, 0, -1):
-            shift = 12 + bits * (level - 1)
-            index = virtual >> shift & ((1 << bits) - 1)
-            address = table + index * width
-            entry = self._entry(address, width)
+        table = self._root
+        for level in range(form.levels, 0, -1):
+            shift = form.shift(level)
+            index = virtual >> shift & ((1 << form.index_bits) - 1)
+            address = table + index * form.entry_size
+            entry = self._entry(address)
             if entry is None:
                 return Translation(
                     virtual, tuple(steps), fault=f"the {paging.KINDS[level]} at {table:#x} is not in RAM"
                 )
-            steps.append(Step(paging.KINDS[level], index, address, entry, (self.levels, level) != (3, paging.PDPT)))
+            steps.append(Step(paging.KINDS[level], index, address, entry, not form.is_pae_root(level)))
             if not entry & paging.PRESENT:
                 return Translation(virtual, tuple(steps), fault="not present")
-            if level == paging.PT or self._is_page(level, entry):
-                size = 1 << shift
-                return Translation(virtual, tuple(steps), self._page(level, entry, size) | virtual & (size - 1), size)
-            if level >= paging.PML4 and entry & paging.LARGE:
+            if form.is_reserved(level, entry):
                 return Translation(virtual, tuple(steps), fault="a reserved bit is set")
-            table = entry & (paging.ADDRESS if width == 8 else paging.ADDRESS_32)
+            if form.is_page(level, entry):
+                size = 1 << shift
+                return Translation(virtual, tuple(steps), form.page(level, entry) | virtual & (size - 1), size)
+            table = form.table(entry)
         raise AssertionError("a pt has pages only")
 
     def read(self, virtual: int, length: int) -> bytes | None:
@@ -113,23 +110,13 @@ class AddressSpace:
         return b"".join(pieces)
 
     def _is_canonical(self, virtual: int) -> bool:
-        if self.levels <= 3:
+        levels = self._form.levels
+        if levels <= 3:
             return 0 <= virtual < 1 << 32
-        upper = virtual >> (47 if self.levels == 4 else 56)
-        return upper in (0, (1 << (17 if self.levels == 4 else 8)) - 1)
+        upper = virtual >> (47 if levels == 4 else 56)
+        return upper in (0, (1 << (17 if levels == 4 else 8)) - 1)
 
-    def _is_page(self, level: int, entry: int) -> bool:
-        if not entry & paging.LARGE:
-            return False
-        return (level == paging.PD and self._large_pages) or (level == paging.PDPT and self.levels > 3)
-
-    def _page(self, level: int, entry: int, size: int) -> int:
-        if self.levels > 2:
-            return entry & paging.ADDRESS & -size
-        high = (entry >> 13 & 0xFF) << 32 if level == paging.PD else 0
-        return entry & paging.ADDRESS_32 & -size | high
-
-    def _entry(self, address: int, width: int) -> int | None:
+    def _entry(self, address: int) -> int | None:
         frame, inside = divmod(address, PAGE_SIZE)
         table = self._tables.get(frame)
         if table is None:
@@ -139,4 +126,4 @@ class AddressSpace:
             if len(self._tables) >= _KEPT_TABLES:
                 self._tables.clear()
             table = self._tables[frame] = bytes(self._memory.read_at(page * PAGE_SIZE, PAGE_SIZE))
-        return int.from_bytes(table[inside : inside + width], "little")
+        return int.from_bytes(table[inside : inside + self._form.entry_size], "little")

@@ -17,6 +17,7 @@ from imagefs.image.geometry import PAGE_SIZE, Geometry, Region
 from imagefs.image.index import IndexBlock
 from imagefs.image.linux import kernel_text
 from imagefs.image.manifest import Manifest, Name
+from imagefs.image.mappings import mapped_pages
 from imagefs.image.metadata import decode_metadata
 from imagefs.image.native import ENTRY_SIZE, NativeTemplate
 from imagefs.image.native_reader import NativeReader
@@ -86,6 +87,7 @@ def _walk(data: bytes) -> None:
     found = AddressSpace(memory, geometry, vcpu).translate(virtual)
     assert bool(found.page_size) != bool(found.fault)
     assert len(found.steps) <= 5
+    assert sum(1 for _ in mapped_pages(memory, geometry, vcpu, limit=20)) <= 20 * 1024
 
 
 # --- a store's objects

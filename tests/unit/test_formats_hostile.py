@@ -16,7 +16,7 @@ import pytest
 
 from imagefs.cli.split import split_stream
 from imagefs.errors import ImagefsError, UnsupportedInputError, UsageError
-from imagefs.formats import open_capture
+from imagefs.formats import FORMATS, open_capture
 from imagefs.image.capture import Capture
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.native import ENTRY_SIZE, PAGES, Entry
@@ -202,3 +202,8 @@ def test_any_bytes_anywhere(bench: Bench, rng: random.Random) -> None:
                 else:
                     assert bench.native().get(file, changed) == changed, f"{file} with {piece.hex()} at {at}"
     assert refused or bench.sample.format == "raw"
+
+
+def test_every_format_has_samples() -> None:
+    have = {sample.format for sample in all_samples()}
+    assert [known.name for known in FORMATS if known.name not in have] == []

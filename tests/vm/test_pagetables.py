@@ -19,6 +19,7 @@ from support.vm import Vm
 from imagefs.formats import open_capture
 from imagefs.image.capture import Capture
 from imagefs.image.geometry import PAGE_SIZE
+from imagefs.image.mappings import mapped_pages
 from imagefs.image.translate import AddressSpace, Translation
 from imagefs.image.vcpu import VcpuState
 from imagefs.restore.suspend import suspended
@@ -173,10 +174,14 @@ def check(seen: Seen, capture: Capture, levels: int, isolated: bool) -> None:
     assert {vcpu.levels for vcpu in seen.vcpus} == {levels}
     for vcpu, mappings in zip(seen.vcpus, seen.mappings, strict=True):
         assert len(mappings) > 1000
+        listed = {page.virtual: page for page in mapped_pages(capture.memory, capture.geometry, vcpu)}
+        assert listed.keys() == mappings.keys()
         space = AddressSpace(capture.memory, capture.geometry, vcpu)
         for virtual, (physical, flags) in mappings.items():
             assert tables.translate(vcpu, virtual) == physical
             check_translation(space.translate(virtual), physical, flags)
+            one = listed[virtual]
+            assert (one.physical, one.accessed, one.dirty) == (physical, "A" in flags, "D" in flags)
     check_kernel_text(seen, capture)
     *_, last = capture.geometry.regions
     assert any(page >= last.offset // PAGE_SIZE for page in tables.used)
