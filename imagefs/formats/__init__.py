@@ -16,7 +16,9 @@ from imagefs.errors import UnsupportedInputError, UsageError
 from imagefs.formats import (
     cloud_hypervisor,
     criu,
+    elf_core,
     firecracker,
+    kdump,
     libvirt_save,
     lime,
     qcow2,
@@ -37,6 +39,8 @@ FORMATS: tuple[Format, ...] = (
     firecracker.FORMAT,
     cloud_hypervisor.FORMAT,
     criu.FORMAT,
+    elf_core.FORMAT,
+    kdump.FORMAT,
     vmware.FORMAT,
     lime.FORMAT,
     raw.FORMAT,

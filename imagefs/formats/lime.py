@@ -25,16 +25,15 @@ from pathlib import Path
 from imagefs.errors import UnsupportedInputError, UsageError
 from imagefs.formats.base import Input, NativeRecorder, Workspace
 from imagefs.formats.pieces import PieceMemory, page_runs, record_file
+from imagefs.formats.regions import MAX_RANGES, place_range
 from imagefs.image.capture import ByteSource, BytesSource, Capture
-from imagefs.image.geometry import PAGE_SIZE, Geometry, Region
+from imagefs.image.geometry import Geometry, Region
 
 HEADER = struct.Struct("<IIQQ8x")
 MAGIC = 0x4C694D45
 VERSION = 1
 MAX_ADDRESS = 1 << 52
 """No machine has more than 52 bits of physical addresses."""
-MAX_RANGES = 16384
-"""Firmware makes some tens."""
 
 
 class Lime:
@@ -54,7 +53,7 @@ class Lime:
         whole = source.whole(workspace)
         memory, regions, spans = PieceMemory(), list[Region](), []
         for address, offset, length in _ranges(whole):
-            place = _place(regions, address, length)
+            place = place_range(regions, address, length)
             memory.add(place, whole, offset, length)
             spans.append((offset, length, place))
         geometry = Geometry(tuple(regions))
@@ -120,18 +119,3 @@ def _ranges(whole: ByteSource) -> Iterator[tuple[int, int, int]]:
         last = end
         yield start, at + HEADER.size, length
         at += HEADER.size + length
-
-
-def _place(regions: list[Region], address: int, length: int) -> int:
-    """Where in memory a range goes; ``regions`` grow by the pages that it touches."""
-    end = -(-(address + length) // PAGE_SIZE) * PAGE_SIZE
-    first = address // PAGE_SIZE * PAGE_SIZE
-    offset = 0
-    if regions:
-        before = regions[-1]
-        offset = before.offset + before.size
-        if first <= before.guest_address + before.size:  # it goes on where that ended, perhaps within one page
-            regions[-1] = Region(before.name, before.guest_address, end - before.guest_address, before.offset)
-            return before.offset + address - before.guest_address
-    regions.append(Region(f"ram-{first:#x}", first, end - first, offset))
-    return offset + address - first

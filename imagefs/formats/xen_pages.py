@@ -37,17 +37,16 @@ from imagefs.errors import UnsupportedInputError
 from imagefs.formats.base import Input, Workspace
 from imagefs.formats.pieces import PieceMemory
 from imagefs.formats.qemu_pages import MainMemory, PagesInPlace, SpooledPages
+from imagefs.formats.regions import regions_of
 from imagefs.formats.spool import Spool
 from imagefs.formats.xen_stream import Record, XenCursor
 from imagefs.image.capture import ByteSource, PageKind
-from imagefs.image.geometry import PAGE_SIZE, Geometry, Region
+from imagefs.image.geometry import PAGE_SIZE, Geometry
 from imagefs.image.native import TemplateBuilder
 from imagefs.image.pagetables import MAX_FRAMES
 
 MAX_PFN = 1 << 31
 """8 TiB of guest-physical memory, above what Xen gives a guest; sparse files of it fit into every filesystem."""
-MAX_REGIONS = 256
-"""Where ballooning left more pieces of memory, the smallest gaps are filled with zero pages."""
 
 _MAX_COUNT = 1 << 17
 """Entries of a record; libxc writes 1024."""
@@ -109,7 +108,7 @@ class PageReader:
     def finish(self) -> Pages:
         """Raises UnsupportedInputError where no record had a page."""
         self._types.finish()
-        regions = tuple(_regions(self._types))
+        regions = tuple(regions_of(lambda: self._types.runs(_ANY)))
         if not regions:
             raise UnsupportedInputError("the stream has no page of the guest's memory", field="libxc PAGE_DATA")
         geometry = Geometry(regions)
@@ -187,32 +186,6 @@ def _check(pfn: int, types: bytes, limit: int, at: int) -> None:
     else:
         return
     raise UnsupportedInputError(reason, field="entry of libxc PAGE_DATA", offset=at + min(known, fitting) * _ENTRY_SIZE)
-
-
-def _regions(types: _FrameTypes) -> Iterator[Region]:
-    """Of frames that the guest has, at most MAX_REGIONS."""
-    gaps = [0] * 65  # how many there are, by their length in bits
-    end = 0
-    for pfn, count in types.runs(_ANY):
-        gaps[(pfn - end).bit_length()] += 1
-        end = pfn + count
-    bits = 0
-    while sum(gaps[bits:]) > MAX_REGIONS:
-        bits += 1
-    smallest = 1 << bits >> 1
-    number, offset = 0, 0
-    first, end = 0, 0
-    for pfn, count in types.runs(_ANY):
-        if end and pfn - end >= smallest:
-            yield Region(f"ram{number}", first * PAGE_SIZE, (end - first) * PAGE_SIZE, offset)
-            number += 1
-            offset += (end - first) * PAGE_SIZE
-            end = 0
-        if not end:
-            first = pfn
-        end = pfn + count
-    if end:
-        yield Region(f"ram{number}", first * PAGE_SIZE, (end - first) * PAGE_SIZE, offset)
 
 
 _WINDOW = 1 << 16

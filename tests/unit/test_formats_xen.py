@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagefs.formats import open_capture, xen_pages
+from imagefs.formats import open_capture, regions
 from imagefs.image.capture import ByteSource, Capture, PageKind
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.native_reader import NativeReader
@@ -247,7 +247,7 @@ def test_many_pieces_of_memory(tmp_path: Path) -> None:
     pfns = [*sorted(picker.sample(range(5000), 600)), 1 << 20, (1 << 31) - 1]
     stream = hvm_stream(page_data([(pfn, 0, page_of(pfn)) for pfn in pfns]))
     with captured(stream, tmp_path, piped=True) as capture:
-        assert 100 < len(capture.geometry.regions) <= xen_pages.MAX_REGIONS
+        assert 100 < len(capture.geometry.regions) <= regions.MAX_REGIONS
         data = frames(capture)
         assert {pfn: data[pfn] for pfn in pfns} == {pfn: page_of(pfn) for pfn in pfns}
         assert not any(map(any, (page for pfn, page in data.items() if pfn not in set(pfns))))
