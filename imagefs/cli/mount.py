@@ -38,7 +38,7 @@ options for -o, separated by commas:
   prefetch=all      fetch the whole image in the background (default)
   prefetch=ws       fetch the recorded working set, and otherwise only what is read
   prefetch=none     fetch only what is read
-  connections=N     requests to the store at a time, at most (default: 8)
+  connections=N     requests to the store at a time, at most (default: 16)
   readahead=KIB     how much the kernel reads ahead (default: 128; takes root)
   log=FILE          write a log to FILE
   noexec            as for every filesystem; so are ro, nosuid and nodev, always in force

@@ -113,18 +113,29 @@ def _working_set(found: Mapping[str, Any]) -> str:
 def _store(fetch: Mapping[str, Any]) -> str:
     state = "answers" if fetch["store_answers"] else "does not answer; trying again"
     counts = [f"{fetch[kind]} {kind}" for kind in ("outages", "corrupt", "missing") if fetch.get(kind)]
-    if fetch.get("request_seconds") is not None:
-        counts.append(f"{_seconds(fetch['request_seconds'])} a request")
+    if fetch.get("hedged_requests"):
+        counts.append(f"{fetch['hedged_requests']} asked twice")
+    if fetch.get("round_trip_seconds"):
+        counts.append(f"{_seconds(fetch['round_trip_seconds'])} round trip")
     if fetch.get("bytes_per_second"):
         counts.append(f"{size_text(fetch['bytes_per_second'])}/s")
     return "; ".join([state, *counts])
 
 
 def _in_flight(fetch: Mapping[str, Any]) -> str:
-    flying = [str(flight) for flight in fetch["in_flight"]]
+    flying = [_request(request) for request in fetch["in_flight"]]
     queued = ", ".join(f"{count} {kind}" for kind, count in fetch["queued"].items() if count)
     shown = "; ".join(flying[:SHOWN_IN_FLIGHT]) + ("; …" if len(flying) > SHOWN_IN_FLIGHT else "")
     return f"{len(flying)}" + (f" ({shown})" if flying else "") + (f"; queued: {queued}" if queued else "")
+
+
+def _request(request: Mapping[str, Any]) -> str:
+    """``memory window 3 and 5 more, 160 KiB: touch, 2 waiting, 41 ms``"""
+    more = f" and {request['chunks'] - 1} more" if request["chunks"] > 1 else ""
+    waiting = f", {request['waiting']} waiting" if request["waiting"] else ""
+    again = ", asked twice" if request["again"] else ""
+    why = f"{request['why'].replace('_', ' ')}{waiting}{again}"
+    return f"{request['what']}{more}, {size_text(request['bytes'])}: {why}, {_seconds(request['seconds'])}"
 
 
 def _reads(mount: Mapping[str, Any]) -> str:

@@ -1,46 +1,172 @@
-"""What the link can take, found out as it goes: how large a background request may be.
+"""What the link is like, found out as it goes: its round trip, its bandwidth, and from these how much to ask for.
 
-A request takes the link's round trip, the server's time and its bytes' share of the bandwidth; of these only the last
-grows with its size. So the shortest request seen stands for the first two, and what a request takes beyond that is
-what it, and those beside it, keep a touch waiting. The size is raised while that stays below TARGET_SECONDS and
-lowered when it does not (as LEDBAT, RFC 6817, does with its window), which neither needs to know the bandwidth nor
-takes a long round trip for a slow link.
+The model is that of BBR (draft-cardwell-iccrg-bbr): the shortest time to the first byte of an answer is the round trip
+(the server's time included), the highest rate at which requests end is the bandwidth, and the product of both is what
+fills the link without queueing before it. Queues are what makes a touch late: it is answered behind
+whatever was asked for before it. So the background never has more under way than that product and a little.
+
+A rate that was measured while there was too little to do says nothing about the link: it can raise the estimate, not
+lower it. The round trip is forgotten after a while, and then measured anew with the link nearly drained.
 """
 
 from __future__ import annotations
 
-TARGET_SECONDS = 0.05
-"""How long the background may keep a touch waiting. Pulled out of the air; one round trip of a good WAN."""
-RAISE, LOWER = 1.25, 0.7
-SMALLEST, LARGEST = 32 << 10, 1 << 20
-FIRST = 128 << 10
-"""Bytes of a background request before anything is known."""
-FORGET = 1.0001
-"""The shortest request is forgotten by so much a request: a route that has become longer is noticed in the end."""
-WEIGHT = 0.2
-"""Of the newest sample in the averages that are shown to people."""
+from collections import deque
+from dataclasses import dataclass
+
+SMALLEST, LARGEST = 32 << 10, 2 << 20
+"""Bytes of a background request."""
+FIRST_WINDOW = 128 << 10
+"""Bytes under way before anything is known; doubled from there for as long as the rate follows."""
+QUEUE_SHARE, QUEUE_SECONDS = 0.05, 0.0005
+"""How long what is under way may queue: this share of the round trip, or so many seconds where that is more. Without
+any queue the link would idle at each jitter."""
+REQUEST_SECONDS = 0.001
+"""Of the link's time that a background request takes at least: on a fast link smaller requests cost more processor time
+than they save anyone's waiting."""
+AT_LEAST = 4
+"""Requests under way, even where fewer would fill the link: while one is decompressed, others are transferred."""
+PACE, PACE_FILLING = 1.05, 2.0
+"""Background requests begin so that what they bring would need this much of the bandwidth: those that begin together
+would also end together, and leave the link idle until what replaces them begins to come."""
+BURST_SECONDS = 0.002
+"""What pacing forgives: no timer needs to be finer, and a late one is made up for."""
+GROWTH = 1.2
+"""By how much the rate must have risen in a period for the window to be doubled once more."""
+PATIENCE = 3
+"""Periods without such a rise after which the link is taken for full."""
+PERIOD_TRIPS, PERIOD_SECONDS = 4, 0.02
+"""How long the rate is measured at a time: so many round trips of at least so many seconds. Requests end in bunches,
+and what a bunch seems to say of the rate is wrong by its share of the period."""
+PERIODS = 4
+"""Of which the highest rate is believed."""
+ROUND_TRIP_SECONDS, ROUND_TRIP_JITTER = 15.0, 1.05
+"""The round trip is measured anew when for so long no answer has come as quickly, give or take."""
+LONGER = 1.25
+"""A round trip that has grown by so much is that of another link."""
+STRAGGLER, STRAGGLER_SECONDS = 3.0, 0.1
+"""A request is late when it takes so many times what it should, and so many seconds more."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """One request under way. Times are seconds of the scheduler's clock."""
+
+    sent: float
+    size: int
+    alone: bool
+    """Whether nothing else was under way: then its answer cannot have waited for others."""
 
 
 class LinkEstimate:
-    """Fed with finished requests. Not thread-safe."""
+    """Told of requests as they are sent and as they end. Synchronous; not thread-safe."""
 
-    def __init__(self) -> None:
-        self.request_seconds = 0.0
-        """Average over recent requests, whatever their size."""
-        self.shortest_seconds = float("inf")
-        self._size = float(FIRST)
+    def __init__(self, slots: int = 8) -> None:
+        """``slots`` is how many requests the background may have under way."""
+        self.round_trip = 0.0
+        """Seconds from a request to the first byte of its answer on a link without a queue; 0 while unknown."""
+        self.bandwidth = 0.0
+        """Bytes per second that this mount was seen to get; 0 while unknown."""
+        self.filling = True
+        """Whether it is still to be found out how much the link takes."""
+        self.paced_until = 0.0
+        """Seconds of the scheduler's clock before which the background begins no further request."""
+        self.shared_rate = 0.0
+        """Bytes per second that other mounts of this host have over the same link."""
+        self.sharers = 1
+        """Mounts of this host that fill the link, this one included."""
+        self._pieces = max(2, slots * 2 // 3)
+        """Requests that the window is made of. Fewer than slots: requests are whole chunks, and so smaller."""
+        self._measured_at = 0.0
+        self._window = float(FIRST_WINDOW)
+        self._flat = 0
+        self._rates: deque[float] = deque(maxlen=PERIODS)
+        self._begun = -1.0
+        self._bytes = 0
+        self._starved = True
 
     def __repr__(self) -> str:
-        return f"<LinkEstimate {self.request_seconds:.4f} s a request, background {self.background_size()} bytes>"
+        return (
+            f"<LinkEstimate {self.round_trip * 1e3:.3g} ms, {self.bandwidth * 8e-6:.3g} Mbit/s, "
+            f"{self.request_size()} of {self.window()} bytes a request>"
+        )
 
-    def finished(self, seconds: float, *, background: bool) -> None:
-        """A request took so long."""
-        self.request_seconds += (seconds - self.request_seconds) * (WEIGHT if self.request_seconds else 1.0)
-        self.shortest_seconds = min(self.shortest_seconds * FORGET, seconds)
-        if background:
-            waited = seconds - self.shortest_seconds
-            self._size = min(LARGEST, max(SMALLEST, self._size * (RAISE if waited < TARGET_SECONDS else LOWER)))
+    def sent(self, now: float, size: int, *, background: bool, alone: bool) -> Sample:
+        """A request of ``size`` bytes begins. ``alone``: nothing else is under way."""
+        if background and self.bandwidth:
+            pace = (PACE_FILLING if self.filling else PACE) * self.bandwidth / self.sharers
+            self.paced_until = max(self.paced_until, now - BURST_SECONDS) + size / pace
+        return Sample(now, size, alone)
 
-    def background_size(self) -> int:
+    def starved(self) -> None:
+        """The link could take more, and there is nothing for it, or nothing that may go now."""
+        self._starved = True
+
+    def ended(self, sample: Sample, now: float, latency: float) -> None:
+        """The first byte of its answer came ``latency`` seconds after it had been sent, and it is done by ``now``."""
+        self._note_round_trip(sample, now, latency)
+        self._bytes += sample.size
+        seconds = now - self._begun
+        if self._begun < 0:
+            self._begin_period(now)
+        elif seconds >= (1 if self.filling else PERIOD_TRIPS) * max(self.round_trip, PERIOD_SECONDS):
+            self._note_rate(self._bytes / seconds)
+            self._begin_period(now)
+
+    def window(self) -> int:
+        """Bytes that the background may have under way, all its requests together."""
+        if self.filling:
+            return int(self._window) // self.sharers
+        total = (self.bandwidth + self.shared_rate) / self.sharers
+        queue = max(QUEUE_SHARE * self.round_trip, QUEUE_SECONDS)
+        # What a request takes beyond the round trip is its own transfer: the window is that much larger.
+        fills = total * (self.round_trip + queue) * self._pieces / (self._pieces - 1)
+        return int(max(fills, AT_LEAST * total * REQUEST_SECONDS, 2 * SMALLEST))
+
+    def request_size(self) -> int:
         """Bytes that a background request should have."""
-        return int(self._size)
+        share = max(self.window() / self._pieces, self.bandwidth * REQUEST_SECONDS)
+        return int(min(LARGEST, max(SMALLEST, share)))
+
+    def expected_seconds(self, size: int) -> float:
+        """How long a request of ``size`` bytes takes where nothing is in its way."""
+        return self.round_trip + (size / self.bandwidth if self.bandwidth else 0.0)
+
+    def straggles_after(self, size: int) -> float:
+        """Seconds after which a request of ``size`` bytes is late enough to be made once more."""
+        expected = self.expected_seconds(size + self.window())
+        return max(STRAGGLER * expected, expected + STRAGGLER_SECONDS) if self.round_trip else float("inf")
+
+    def drains(self, now: float) -> bool:
+        """Whether the link is to be drained for a moment, because the round trip was last seen too long ago."""
+        return self.round_trip > 0 and now - self._measured_at > ROUND_TRIP_SECONDS
+
+    def _note_round_trip(self, sample: Sample, now: float, latency: float) -> None:
+        if not self.round_trip or latency <= self.round_trip or (sample.alone and self.drains(now)):
+            if self.round_trip and latency > LONGER * self.round_trip:
+                # What was under way filled the shorter link only: how much this one takes is to be found out anew.
+                self.filling, self._flat, self._window = True, 0, float(self.window())
+                self.bandwidth = 0.0
+                self._rates.clear()
+            self.round_trip = max(latency, 1e-6)
+            self._measured_at = now
+        elif latency <= self.round_trip * ROUND_TRIP_JITTER:
+            self._measured_at = now
+
+    def _begin_period(self, now: float) -> None:
+        self._begun, self._bytes, self._starved = now, 0, False
+
+    def _note_rate(self, rate: float) -> None:
+        """Of the period that ends now. Where there was too little to do, it says what the link takes at least."""
+        if self._starved:
+            self.bandwidth = max(self.bandwidth, rate)
+            return
+        if self.filling:
+            if rate >= GROWTH * self.bandwidth:
+                self._flat = 0
+                self._window = min(2 * self._window, self._pieces * LARGEST)
+            else:
+                self._flat += 1
+            self.filling = self._flat < PATIENCE
+        self._rates.append(rate)
+        self.bandwidth = max(self._rates)

@@ -139,6 +139,7 @@ class OpenedImage:
             # All flights first, then the waiting: a read of several windows takes one round trip.
             if stream == MEMORY:
                 self._touched(offset, length, trace=touch, missed=True)
+            self.scheduler.dispatch()
             windows = [await each.wait() if isinstance(each, Flight) else each for each in found]
         return self._cut(windows, offset, length)
 
@@ -156,7 +157,7 @@ class OpenedImage:
         return self._sink.bitmap(offset, length)
 
     def status(self) -> dict[str, Any]:
-        link = self.scheduler.link
+        link, now = self.scheduler.link, trio.current_time()
         return {
             "image": self._image.digest.hex(),
             "source": self._location,
@@ -167,11 +168,13 @@ class OpenedImage:
                 **asdict(self.scheduler.counters),
                 "store_answers": not self.scheduler.in_outage,
                 "queued": {p.name.lower(): self.scheduler.table.queued(p) for p in Priority},
-                "in_flight": [repr(flight) for flight in self.scheduler.table.flights() if flight.flying],
+                "in_flight": [request.statistics(now) for request in self.scheduler.table.requests],
                 "prefetch": self._options.prefetch,
                 "connections": self._options.connections,
-                "request_seconds": link.request_seconds,
-                "background_request_bytes": link.background_size(),
+                "round_trip_seconds": link.round_trip or None,
+                "bytes_per_second": link.bandwidth or None,
+                "window_bytes": link.window(),
+                "background_request_bytes": link.request_size(),
             },
             "working_set": self.foresight.statistics(),
             "touches": len(self.trace),
@@ -180,7 +183,7 @@ class OpenedImage:
     async def run(self) -> None:
         """Fetch until cancelled: workers, and what is to be fetched before anyone asks."""
         async with trio.open_nursery() as nursery:
-            self.scheduler.start(nursery)
+            nursery.start_soon(self.scheduler.run, name="scheduler")
             nursery.start_soon(self.foresight.record, name="recording")
             if self._options.prefetch != "none":
                 nursery.start_soon(self._fetch_ahead, name="ahead")

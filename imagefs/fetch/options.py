@@ -15,5 +15,5 @@ class FetchOptions:
     what lies beside a touch, and the rest of the image in the background."""
     timeout: float | None = None
     """Seconds until a read fails (``soft,timeo=``); None waits as long as it takes (``hard``)."""
-    connections: int = 8
+    connections: int = 16
     """Requests in flight at most. Half of them, four at most, are kept for what someone waits for."""

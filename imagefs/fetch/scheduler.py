@@ -1,4 +1,4 @@
-"""The one owner of all transfers: takes requests from the flight table, makes them in threads, lands what comes.
+"""The one owner of all transfers: takes requests from the flight table, has them made, lands what comes.
 
 See docs/concurrency.md for the actors and for what each cancellation discards.
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
 from imagefs.errors import CorruptObjectError, MissingObjectError, StoreError, UnavailableError
-from imagefs.fetch.flights import Flight, FlightTable, Key, Priority, Request
+from imagefs.fetch.flights import Flight, FlightTable, Key, Priority, Request, background_slots
 from imagefs.fetch.link import LinkEstimate
+from imagefs.fetch.threads import FetchThreads
 from imagefs.image.index import BlockRef, ChunkRef
 from imagefs.store.base import object_key
 
@@ -25,12 +25,29 @@ log = logging.getLogger(__name__)
 
 Result = Any
 """A window's bytes, or a parsed index block."""
-Transfer = Callable[[list[Flight]], list[Result]]
-"""Makes one request, blocking, in a thread: for each flight its verified result or its CorruptObjectError.
 
-Raises StoreError where the request as a whole failed.
-"""
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What a request has brought."""
+
+    results: list[Result]
+    """For each flight its verified result, or its CorruptObjectError."""
+    latency: float | None
+    """Seconds from the request to the first byte of its answer; None where no request was needed."""
+
+
+Transfer = Callable[[list[Flight]], Brought]
+"""Makes one request, blocking, in a thread. Raises StoreError where it failed as a whole."""
 Landed = Callable[[Flight, Result], None]
+
+
+class Runner(Protocol):
+    """What makes requests: threads, or a test's idea of a link."""
+
+    def submit(self, work: Callable[[], Brought], done: Callable[[Brought | Exception], None]) -> None:
+        """Call ``work`` somewhere, then ``done`` with what came of it in the event loop. Returns at once."""
+
 
 CORRUPT_ATTEMPTS = 3
 """A torn transfer or a bad proxy is cured by asking again; a damaged pack is not."""
@@ -49,6 +66,7 @@ class Counters:
 
     requests: int = 0
     background_requests: int = 0
+    hedged_requests: int = 0
     payload_bytes: int = 0
     chunks: int = 0
     corrupt: int = 0
@@ -58,18 +76,20 @@ class Counters:
 
 
 class Scheduler:
-    """Flights in, landed results out. All methods but :meth:`run` are synchronous; one event loop."""
+    """Flights in, landed results out. One event loop; what changes the table never awaits."""
 
-    def __init__(self, transfer: Transfer, landed: Landed, *, connections: int, origin: str) -> None:
+    def __init__(
+        self, transfer: Transfer, landed: Landed, runner: Runner | None = None, *, connections: int, origin: str
+    ) -> None:
         """``landed`` is called in the event loop for each result, before its waiters are woken."""
-        self.link = LinkEstimate()
+        self.link = LinkEstimate(background_slots(connections))
         self.table = FlightTable(connections, self.link)
         self.counters = Counters()
         self._transfer = transfer
         self._landed = landed
+        self._runner = runner
         self._origin = origin
         self._connections = connections
-        self._limiter = trio.CapacityLimiter(connections)
         self._work = trio.Event()
         self._slack = trio.Event()
         self._pause = 0.0
@@ -85,12 +105,24 @@ class Scheduler:
         return self._pause > 0
 
     def want(self, key: Key, what: str, ref: ChunkRef | BlockRef, priority: Priority) -> Flight:
-        """A flight to wait for; see :meth:`FlightTable.want`."""
+        """A flight to wait for; see :meth:`FlightTable.want`. It begins with the next :meth:`dispatch`, of whomever."""
         flight = self.table.want(key, what, ref, priority)
         if priority == Priority.TOUCH:
             self._quiet_from = trio.current_time() + QUIET_SECONDS
-        self._wake()
+        self._work.set()
         return flight
+
+    def dispatch(self) -> None:
+        """Begin every request that may begin now. Whoever waits for what they wanted calls it; nobody has to."""
+        if self._runner is None:
+            return
+        now = trio.current_time()
+        # In an outage, one request at a time finds out whether the store is back.
+        while not (self._pause and (self.table.busy or now < self._paused_until)):
+            request = self.table.next_request(now, sweep=now >= self._quiet_from)
+            if request is None:
+                return
+            self._begin(request)
 
     async def wait_for_slack(self, priority: Priority, most: int) -> None:
         """Return when fewer than ``most`` flights are queued under ``priority``: back-pressure for the sweep."""
@@ -102,64 +134,77 @@ class Scheduler:
         while len(self.table):
             await self._slack.wait()
 
-    def start(self, nursery: trio.Nursery) -> None:
-        """Start the workers in ``nursery``. They end when it is cancelled, never by themselves."""
-        for number in range(self._connections):
-            nursery.start_soon(self._worker, name=f"fetch {number}")
+    async def run(self) -> None:
+        """Make requests until cancelled. Those under way then are abandoned, what they bring is not looked at."""
+        threads: FetchThreads[Brought] | None = None
+        if self._runner is None:
+            self._runner = threads = FetchThreads(self._connections)
+        try:
+            while True:
+                self._hedge()
+                self.dispatch()
+                with trio.move_on_at(self._next_time()):
+                    await self._work.wait()
+                self._work = trio.Event()
+        finally:
+            self._runner = None
+            if threads is not None:
+                threads.close()
 
-    async def _worker(self) -> None:
-        while True:
-            request = self._next_request()
-            if request is None:
-                await self._wait_for_work()
-                continue
-            begun = time.perf_counter()
-            try:
-                # Abandoned on cancellation: what the thread still does is reading, and putting verified pages into a
-                # sink that ignores them once it is closed.
-                results = await trio.to_thread.run_sync(
-                    partial(self._transfer, request.flights), limiter=self._limiter, abandon_on_cancel=True
-                )
-            except StoreError as error:
-                self._failed(request, error)
-            except Exception as error:
-                # A fault of ours costs these chunks, not the mount under a running guest.
-                log.exception("internal error (%s)", ", ".join(flight.what for flight in request.flights[:3]))
-                reason = f"internal error: {type(error).__name__}: {error}"
-                key = object_key(request.flights[0].place.pack.hex())
-                self._failed(request, StoreError(reason, key=key, origin=self._origin))
-            else:
-                self._came(request, results, time.perf_counter() - begun)
-            self._wake()
+    def _begin(self, request: Request) -> None:
+        assert self._runner is not None
+        self._runner.submit(partial(self._transfer, request.flights), partial(self._ended, request))
 
-    def _next_request(self) -> Request | None:
-        now = trio.current_time()
-        # In an outage, one request at a time finds out whether the store is back.
-        if self._pause and (self.table.requests or now < self._paused_until):
-            return None
-        return self.table.next_request(sweep=now >= self._quiet_from)
-
-    async def _wait_for_work(self) -> None:
-        """Until something changes, or until something that was too early is due."""
-        now = trio.current_time()
-        due = [at for at in (self._paused_until, self._quiet_from) if at > now]
-        with trio.move_on_at(min(due, default=float("inf"))):
-            await self._work.wait()
-
-    def _wake(self) -> None:
+    def _ended(self, request: Request, outcome: Brought | Exception) -> None:
+        if isinstance(outcome, StoreError):
+            self._failed(request, outcome)
+        elif isinstance(outcome, Exception):
+            # A fault of ours costs these chunks, not the mount under a running guest.
+            named = ", ".join(flight.what for flight in request.flights[:3])
+            log.error("internal error (%s)", named, exc_info=outcome)
+            reason = f"internal error: {type(outcome).__name__}: {outcome}"
+            key = object_key(request.flights[0].place.pack.hex())
+            self._failed(request, StoreError(reason, key=key, origin=self._origin))
+        else:
+            self._came(request, outcome)
+        self.dispatch()
+        # What is due next may be due at another time now.
         self._work.set()
-        self._work = trio.Event()
 
-    def _came(self, request: Request, results: list[Result], seconds: float) -> None:
+    def _next_time(self) -> float:
+        """When something that was too early becomes due."""
+        now = trio.current_time()
+        due = [at for at in (self._paused_until, self._quiet_from, self.link.paced_until) if at > now]
+        due += [at for request in self.table.requests if (at := self._late_at(request)) > now]
+        return min(due, default=float("inf"))
+
+    def _late_at(self, request: Request) -> float:
+        """When a request becomes a straggler; never if nobody waits for it, or if it was made once more."""
+        if self._pause or not any(
+            f.priority == Priority.TOUCH and not f.hedged and not f.landed for f in request.flights
+        ):
+            return float("inf")
+        return request.sample.sent + self.link.straggles_after(request.sample.size)
+
+    def _hedge(self) -> None:
+        """Ask once more, on another connection, for what is waited for and late. The first answer counts."""
+        now = trio.current_time()
+        for request in self.table.requests:
+            while self._late_at(request) <= now and (hedge := self.table.hedge(request, now)) is not None:
+                self.counters.hedged_requests += 1
+                self._begin(hedge)
+
+    def _came(self, request: Request, brought: Brought) -> None:
         self._answered()
-        size = sum(flight.place.length for flight in request.flights)
+        now = trio.current_time()
         self.counters.requests += 1
         self.counters.background_requests += request.background
-        self.counters.payload_bytes += size
-        self.link.finished(seconds, background=request.background)
+        self.counters.payload_bytes += request.sample.size
+        if brought.latency is not None:
+            self.link.ended(request.sample, now, brought.latency)
         if not request.background:
-            self._quiet_from = trio.current_time() + QUIET_SECONDS
-        self._land(request, results)
+            self._quiet_from = now + QUIET_SECONDS
+        self._land(request, brought.results)
 
     def _failed(self, request: Request, error: StoreError) -> None:
         self.counters.requests += 1
@@ -178,13 +223,13 @@ class Scheduler:
 
     def _land(self, request: Request, results: list[Result]) -> None:
         """Each flight by itself: landed, failed for good, or queued once more."""
-        again = [f for f, result in zip(request.flights, results, strict=True) if self._once_more(f, result)]
-        self.table.finish(request, again)
+        came = dict(zip(request.flights, results, strict=True))
+        again = [f for f, result in came.items() if not f.landed and self._once_more(f, result)]
+        landing = self.table.finish(request, again)
         self._slack.set()
         self._slack = trio.Event()
-        for flight, result in zip(request.flights, results, strict=True):
-            if flight in again:
-                continue
+        for flight in landing:
+            result = came[flight]
             if isinstance(result, StoreError):
                 flight.fail(result)
             else:

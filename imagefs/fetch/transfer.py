@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from imagefs import native
 from imagefs.errors import CorruptObjectError
 from imagefs.fetch.flights import Flight
+from imagefs.fetch.scheduler import Brought
 from imagefs.fetch.sink import PageSink
 from imagefs.image.chunks import Codec, content_digest
 from imagefs.image.index import BlockRef, ChunkRef, IndexBlock
 from imagefs.image.streams import MEMORY
 from imagefs.store.base import Store
 from imagefs.store.reader import Wanted, get_block, get_windows
+from imagefs.store.timing import timed
 
 Result = bytes | IndexBlock | CorruptObjectError
 
@@ -28,21 +30,27 @@ class Transfer:
     chunk_pages: int
     memory_pages: int
 
-    def __call__(self, flights: Sequence[Flight]) -> list[Result]:
+    def __call__(self, flights: Sequence[Flight]) -> Brought:
         first = flights[0].ref
         if isinstance(first, BlockRef):
-            block, data = get_block(self.store, first, self.chunk_pages)
+            with timed() as timing:
+                block, data = get_block(self.store, first, self.chunk_pages)
             self.sink.put_block(first.digest, data)
-            return [block]
+            return Brought([block], timing.latency)
         kept = [self._verified_again(flight) for flight in flights]
         missing = [flight for flight, data in zip(flights, kept, strict=True) if data is None]
-        fetched = iter(self._fetch(missing) if missing else ())
-        results = [next(fetched) if data is None else data for data in kept]
+        fetched: Iterator[Result] = iter(())
+        latency = None
+        if missing:
+            with timed() as timing:
+                fetched = iter(self._fetch(missing))
+            latency = timing.latency
+        results: list[Result] = [next(fetched) if data is None else data for data in kept]
         for flight, result in zip(flights, results, strict=True):
             stream, window = flight.key
             if stream == MEMORY and isinstance(result, bytes):
                 self.sink.put(window * self.chunk_pages, result)
-        return results
+        return Brought(results, latency)
 
     def _fetch(self, flights: Sequence[Flight]) -> Sequence[Result]:
         wanted = [Wanted(f.what, f.ref) for f in flights if isinstance(f.ref, ChunkRef)]

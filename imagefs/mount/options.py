@@ -45,7 +45,7 @@ class MountOptions:
     timeo: float = DEFAULT_TIMEO
     """Seconds until a read on a soft mount fails."""
     prefetch: Literal["none", "ws", "all"] = "all"
-    connections: int = 8
+    connections: int = 16
     readahead: int | None = None
     """KiB that the kernel reads ahead; None leaves its default of 128. See docs/mounting.md for what was measured."""
     log: Path | None = None

@@ -12,8 +12,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -31,6 +31,7 @@ from imagefs.errors import (
 )
 from imagefs.store.answer import Answer
 from imagefs.store.base import DEFAULT_LIMIT, READ_ONLY, check_key, check_span, without_credentials
+from imagefs.store.shortcut import Shortcut
 from imagefs.store.transport import Attempt, DeadlineAdapter, bounded, describe_failure
 
 STREAM_PIECE = 64 << 10
@@ -97,6 +98,7 @@ class HttpStore:
         # The adapter alone, without a requests.Session: a session reads ~/.netrc for each request and takes in the
         # whole body of a redirect, however long it is.
         self._adapter = DeadlineAdapter(pool_connections=4, pool_maxsize=connections, max_retries=0, pool_block=True)
+        self._shortcut: Shortcut | None = None
         self._lock = threading.Lock()
         self._requests = self._bytes_received = self._errors = self._connections = 0
 
@@ -119,13 +121,18 @@ class HttpStore:
         wanted = None
         if start or length is not None:
             wanted = f"bytes={start}-{'' if length is None else start + length - 1}"
-        with self._exchange("GET", key, wanted) as (answer, attempt):
-            count = answer.whole_length(limit) if wanted is None else answer.range_length(start, length, limit)
-            attempt.deadline = (
-                time.monotonic() + self._read_timeout + (limit if count is None else count) / self._slowest
-            )
-            # A 416 that is right has a body too, but not the object's.
-            data = b"" if answer.status == 416 else answer.read(count, limit)
+        attempt = self._attempt()
+        with self._guarded(key, attempt), bounded(attempt):
+            direct = None if length is None else self._direct(key, start, length, attempt)
+            if isinstance(direct, bytes):
+                data = direct
+            else:
+                with closing(self._send("GET", key, wanted, direct)) as answer:
+                    answer.check_status(ranged=wanted is not None)
+                    count = answer.whole_length(limit) if wanted is None else answer.range_length(start, length, limit)
+                    attempt.allow(limit if count is None else count)
+                    # A 416 that is right has a body too, but not the object's.
+                    data = b"" if answer.status == 416 else answer.read(count, limit)
         with self._lock:
             self._bytes_received += len(data)
         return data
@@ -134,22 +141,27 @@ class HttpStore:
         check_key(key)
         check_span(start, None)
         wanted = f"bytes={start}-" if start else None
-        with self._exchange("GET", key, wanted) as (answer, attempt):
-            count = answer.whole_length(limit) if wanted is None else answer.range_length(start, None, limit)
-            pieces = iter(()) if answer.status == 416 else answer.pieces(count, limit, STREAM_PIECE)
-            while True:
-                # Anew for each piece: a stream may take as long as it takes, and so may its reader.
-                attempt.deadline = time.monotonic() + self._read_timeout + STREAM_PIECE / self._slowest
-                piece = next(pieces, b"")
-                if not piece:
-                    return
-                with self._lock:
-                    self._bytes_received += len(piece)
-                yield piece
+        attempt = self._attempt()
+        with self._guarded(key, attempt):
+            # The answer keeps its attempt, whatever thread reads it.
+            with bounded(attempt):
+                opened = self._send("GET", key, wanted)
+            with closing(opened) as answer:
+                answer.check_status(ranged=wanted is not None)
+                count = answer.whole_length(limit) if wanted is None else answer.range_length(start, None, limit)
+                pieces = iter(()) if answer.status == 416 else answer.pieces(count, limit, STREAM_PIECE)
+                while True:
+                    # Anew for each piece: a stream may take as long as it takes, and so may its reader.
+                    attempt.allow(STREAM_PIECE)
+                    piece = next(pieces, b"")
+                    if not piece:
+                        return
+                    with self._lock:
+                        self._bytes_received += len(piece)
+                    yield piece
 
     def size(self, key: str) -> int:
-        with self._exchange("HEAD", check_key(key)) as (answer, _):
-            answer.drain()
+        with self._head(key) as answer:
             size = answer.content_length()
         if size is None:
             raise CorruptObjectError("the server does not say how long the object is", key=key, origin=self.origin)
@@ -157,8 +169,7 @@ class HttpStore:
 
     def has(self, key: str) -> bool:
         try:
-            with self._exchange("HEAD", check_key(key)) as (answer, _):
-                answer.drain()
+            with self._head(key):
                 return True
         except MissingObjectError:
             return False
@@ -172,20 +183,24 @@ class HttpStore:
     def close(self) -> None:
         self._adapter.close()
 
+    def _attempt(self) -> Attempt:
+        return Attempt(time.monotonic() + self._connect_timeout + self._read_timeout, self._read_timeout, self._slowest)
+
     @contextmanager
-    def _exchange(self, method: str, key: str, byte_range: str | None = None) -> Iterator[tuple[Answer, Attempt]]:
-        """One request and its answer, which has a good status; whatever goes wrong inside becomes a StoreError."""
-        attempt = Attempt(time.monotonic() + self._connect_timeout + self._read_timeout, self._read_timeout)
+    def _head(self, key: str) -> Iterator[Answer]:
+        """The answer to a HEAD, which has a good status."""
+        attempt = self._attempt()
+        with self._guarded(check_key(key), attempt), bounded(attempt), closing(self._send("HEAD", key)) as answer:
+            answer.check_status(ranged=False)
+            answer.drain()
+            yield answer
+
+    @contextmanager
+    def _guarded(self, key: str, attempt: Attempt) -> Iterator[None]:
+        """Around a request and its answer: whatever goes wrong inside becomes a StoreError."""
         failed = True
         try:
-            with bounded(attempt):
-                answer = self._send(method, key, byte_range)
-            # The answer keeps its attempt, whatever thread reads it.
-            try:
-                answer.check_status(ranged=byte_range is not None)
-                yield answer, attempt
-            finally:
-                answer.close()
+            yield
             failed = False
         except (MissingObjectError, GeneratorExit):
             # Not there, or a stream of which somebody has seen enough: no error of the store's.
@@ -203,22 +218,25 @@ class HttpStore:
                 self._errors += failed
                 self._connections += attempt.connections
 
-    def _send(self, method: str, key: str, byte_range: str | None) -> Answer:
-        """The first answer that is no redirect."""
+    def _direct(self, key: str, start: int, length: int, attempt: Attempt) -> bytes | requests.Response | None:
+        """A range by the :class:`Shortcut`, where there is one: the store's own host, and no proxy on the way."""
+        if self._proxies:
+            return None
+        if self._shortcut is None:
+            request = requests.Request("GET", f"{self._base}/", headers=_HEADERS, auth=self._auth).prepare()
+            self._shortcut = Shortcut(self._adapter, request, self._verify, self._count)
+        return self._shortcut.get(key, start, length, attempt)
+
+    def _send(
+        self, method: str, key: str, byte_range: str | None = None, first: requests.Response | None = None
+    ) -> Answer:
+        """The first answer that is no redirect. ``first`` is one that is there already."""
         headers = _HEADERS if byte_range is None else _HEADERS | {"Range": byte_range}
         url = f"{self._base}/{key}"
         for _ in range(_MAX_REDIRECTS + 1):
-            auth = self._auth if _host(url) == _host(self._base) else None
-            request = requests.Request(method, url, headers=headers, auth=auth).prepare()
-            with self._lock:
-                self._requests += 1
-            response = self._adapter.send(
-                request,
-                stream=True,
-                timeout=(self._connect_timeout, self._read_timeout),
-                verify=self._verify,
-                proxies=self._proxies if url.startswith(self._base) else _proxies_for(url),
-            )
+            # Not "first or …": an answer of requests is false where its status is an error.
+            response = self._request(method, url, headers) if first is None else first
+            first = None
             answer = Answer(response, key=key, origin=self.origin)
             if answer.status not in _REDIRECTS:
                 return answer
@@ -228,6 +246,22 @@ class HttpStore:
             finally:
                 answer.close()
         raise UnavailableError(f"redirected more than {_MAX_REDIRECTS} times", key=key, origin=self.origin)
+
+    def _request(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
+        auth = self._auth if _host(url) == _host(self._base) else None
+        request = requests.Request(method, url, headers=dict(headers), auth=auth).prepare()
+        self._count()
+        return self._adapter.send(
+            request,
+            stream=True,
+            timeout=(self._connect_timeout, self._read_timeout),
+            verify=self._verify,
+            proxies=self._proxies if url.startswith(self._base) else _proxies_for(url),
+        )
+
+    def _count(self) -> None:
+        with self._lock:
+            self._requests += 1
 
     def _redirected(self, key: str, url: str, answer: Answer) -> str:
         try:

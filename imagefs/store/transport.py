@@ -26,6 +26,8 @@ import urllib3.connection
 from requests import exceptions as requests_exceptions
 from requests.adapters import HTTPAdapter
 
+from imagefs.store.timing import first_byte_came, request_sent
+
 _READ_BUFFER = 32 * 1024
 """Bytes: an answer's headers and the begin of its body arrive with one system call."""
 
@@ -38,8 +40,14 @@ class Attempt:
     """``time.monotonic()`` seconds after which every read fails; may be moved once the size is known."""
     read_timeout: float
     """Seconds that one read from the socket may take."""
+    slowest: int
+    """Bytes per second that an answer must come with at least."""
     connections: int = 0
     """Connections that were opened for it: 0 when one was reused."""
+
+    def allow(self, size: int) -> None:
+        """The headers are there, and ``size`` bytes follow: the deadline is theirs from now on."""
+        self.deadline = time.monotonic() + self.read_timeout + size / self.slowest
 
 
 _current = threading.local()
@@ -72,20 +80,24 @@ class DeadlineAdapter(HTTPAdapter):
 class _DeadlineReader(io.RawIOBase):
     """The socket's raw reader; each read gets no more time than the attempt has left."""
 
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, attempt: Attempt) -> None:
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, attempt: Attempt, received: bytes) -> None:
         self._raw = raw
         self._socket = sock
         self._attempt = attempt
+        self._received = received
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        left = self._attempt.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("deadline")
-        self._socket.settimeout(min(left, self._attempt.read_timeout))
-        return self._raw.readinto(buffer)
+        if self._received:
+            count = min(len(buffer), len(self._received))
+            buffer[:count], self._received = self._received[:count], self._received[count:]
+            return count
+        limit_to_deadline(self._socket, self._attempt)
+        count = self._raw.readinto(buffer) or 0
+        first_byte_came()
+        return count
 
     def close(self) -> None:
         try:
@@ -94,16 +106,26 @@ class _DeadlineReader(io.RawIOBase):
             super().close()
 
 
-class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+def limit_to_deadline(sock: socket.socket, attempt: Attempt) -> None:
+    """The next operation of ``sock`` gets what is left until the deadline; TimeoutError if that is nothing."""
+    left = attempt.deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("deadline")
+    sock.settimeout(min(left, attempt.read_timeout))
+
+
+class Response(http.client.HTTPResponse):
+    """An answer of which ``received`` has been read from the socket already."""
+
+    def __init__(self, sock: socket.socket, *args: Any, received: bytes = b"", **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         attempt = getattr(_current, "attempt", None)
         if attempt is not None:
-            self.fp = io.BufferedReader(_DeadlineReader(self.fp.detach(), sock, attempt), _READ_BUFFER)
+            self.fp = io.BufferedReader(_DeadlineReader(self.fp.detach(), sock, attempt, received), _READ_BUFFER)
 
 
 class _HTTPConnection(urllib3.connection.HTTPConnection):
-    response_class = _Response
+    response_class = Response
 
     def connect(self) -> None:
         super().connect()
@@ -111,7 +133,7 @@ class _HTTPConnection(urllib3.connection.HTTPConnection):
 
 
 class _HTTPSConnection(urllib3.connection.HTTPSConnection):
-    response_class = _Response
+    response_class = Response
 
     def connect(self) -> None:
         super().connect()
@@ -133,6 +155,7 @@ def _count_connection() -> None:
     attempt = getattr(_current, "attempt", None)
     if attempt is not None:
         attempt.connections += 1
+    request_sent()
 
 
 def describe_failure(error: BaseException) -> str:

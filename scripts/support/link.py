@@ -89,6 +89,10 @@ class Link:
         """For an HTTP server as the target."""
         return f"http://{self.address[0]}:{self.address[1]}"
 
+    @property
+    def mbit(self) -> float:
+        return self._mbit
+
     def counters(self) -> Counters:
         return Counters(**self._ask({"do": "counters"}))
 

@@ -143,7 +143,8 @@ RANGE: list[tuple[str, str, type[StoreError], str]] = [
 
 @pytest.mark.parametrize(("answer", "error", "message"), [case[1:] for case in RANGE], ids=[case[0] for case in RANGE])
 def test_range(answer: str, error: type[StoreError], message: str) -> None:
-    """Each answer twice, then a good one: what is wrong with one answer does not reach the next."""
+    """Each answer on a new connection and on one that was used, and good ones in between: what is wrong with one answer
+    does not reach the next."""
 
     def script(visit: Visit) -> None:
         if visit.path == "/store/good":
@@ -162,9 +163,11 @@ def test_range(answer: str, error: type[StoreError], message: str) -> None:
             assert "\n" not in str(caught.value)
             assert "0x" not in str(caught.value), "no repr of an object"
             assert is_worth_retrying(caught.value) == (error is not MISSING)
-        assert store.get("good", 5, 10) == b"0123456789"
+            assert store.get("good", 5, 10) == b"0123456789"
         assert store.statistics().errors == (0 if error is MISSING else 2)
-        assert store.statistics().bytes_received == 10
+        assert store.statistics().bytes_received == 20
+        # Asked once each, whichever way it was read.
+        assert store.statistics().requests == 4
 
 
 WHOLE: list[tuple[str, str, type[StoreError], str]] = [

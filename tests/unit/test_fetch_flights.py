@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagefs.fetch.flights import Flight, FlightTable, Priority, Request
-from imagefs.fetch.link import FIRST, LinkEstimate
+from imagefs.fetch.link import LinkEstimate
 from imagefs.image.index import ChunkRef, PayloadRef
 
 PACK, OTHER = b"p" * 32, b"q" * 32
@@ -14,7 +14,7 @@ SIZE = 10_000
 
 
 def table(connections: int = 8) -> FlightTable:
-    return FlightTable(connections, LinkEstimate())
+    return FlightTable(connections)
 
 
 def want(flights: FlightTable, number: int, priority: Priority, pack: bytes = PACK) -> Flight:
@@ -82,15 +82,29 @@ def test_slots_are_reserved_for_touches() -> None:
 
 def test_neighbours_in_a_pack_share_a_request_up_to_its_size() -> None:
     flights = table()
-    size = FIRST // SIZE
+    size = LinkEstimate(4).request_size() // SIZE
     last = 2 * size + 3
     for number in range(last):
         want(flights, number, Priority.SWEEP)
     want(flights, last, Priority.SWEEP, OTHER)
-    assert numbers(flights.next_request()) == list(range(size))
-    assert numbers(flights.next_request()) == list(range(size, 2 * size))
-    assert numbers(flights.next_request()) == list(range(2 * size, last))
-    assert numbers(flights.next_request()) == [last]
+    expected = [list(range(size)), list(range(size, 2 * size)), list(range(2 * size, last)), [last]]
+    for those in expected:
+        request = flights.next_request()
+        assert numbers(request) == those
+        assert request is not None
+        flights.finish(request)
+
+
+def test_the_background_has_no_more_under_way_than_the_link_takes() -> None:
+    link = LinkEstimate(12)
+    flights = FlightTable(16, link)
+    for number in range(100):
+        want(flights, number, Priority.SWEEP)
+    while flights.next_request() is not None:
+        pass
+    assert link.window() <= flights.background_bytes < link.window() + link.request_size()
+    want(flights, 200, Priority.TOUCH)
+    assert numbers(flights.next_request()) == [200]
 
 
 def test_what_is_to_be_tried_again_is_first_again() -> None:
@@ -126,7 +140,7 @@ def test_no_flight_is_lost_or_made_twice(script: list[tuple[int, Priority, bool,
             for left in done.flights:
                 if left not in again:
                     del known[left.key[1]]
-        assert len(flying) == flights.requests <= 4
+        assert len(flying) == len(flights.requests) <= 4
         assert {f.key[1] for f in flights.flights()} == set(known)
         queued = sum(flights.queued(p) for p in Priority)
         assert queued + sum(len(r.flights) for r in flying) == len(flights)

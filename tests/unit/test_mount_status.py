@@ -30,10 +30,11 @@ def sample(**mount: Any) -> dict[str, Any]:
             "corrupt": 0,
             "missing": 1,
             "store_answers": False,
-            "request_seconds": 0.04,
+            "round_trip_seconds": 0.04,
+            "hedged_requests": 3,
             "bytes_per_second": 12e6,
             "queued": {"touch": 0, "sweep": 128},
-            "in_flight": [f"<window {i}>" for i in range(7)],
+            "in_flight": [request(i) for i in range(7)],
         },
         "mount": {"pid": 77, "options": MountOptions(soft=True, timeo=5).as_json(), **counters.statistics(), **mount},
     }
@@ -46,6 +47,19 @@ def test_a_working_set_is_shown() -> None:
     assert "recorded" not in dict(rows("/mnt/vm1", {**sample(), "working_set": {"state": "none", "local_pages": 0}}))
 
 
+def request(number: int) -> dict[str, Any]:
+    touch = number == 0
+    return {
+        "what": f"memory window {number}",
+        "chunks": number + 1,
+        "bytes": 26 << 10,
+        "why": "touch" if touch else "sweep",
+        "waiting": 2 if touch else 0,
+        "again": touch,
+        "seconds": 0.041,
+    }
+
+
 def test_rows() -> None:
     waits = {"waited": 5, "wait_p50": 0.045, "wait_p99": 1.5, "longest_stall": 2.0, "waiting": 3, "uptime": 3720.0}
     shown = dict(rows("/mnt/vm1", sample(**waits, errors={"read": 4})))
@@ -53,8 +67,13 @@ def test_rows() -> None:
     assert shown["pages"] == "16384 of 65536 are here (25 % of 256 MiB)"
     assert shown["cache"] == "disk /c, full"
     assert shown["fetched"] == "3.0 MiB in 6 requests on demand, 4 in the background"
-    assert shown["store"] == "does not answer; trying again; 2 outages; 1 missing; 40 ms a request; 11.4 MiB/s"
-    assert shown["in flight"].startswith("7 (<window 0>; ")
+    assert (
+        shown["store"]
+        == "does not answer; trying again; 2 outages; 1 missing; 3 asked twice; 40 ms round trip; 11.4 MiB/s"
+    )
+    assert shown["in flight"].startswith(
+        "7 (memory window 0, 26.0 KiB: touch, 2 waiting, asked twice, 41 ms; memory window 1 and 1 more, 26.0 KiB: sw"
+    )
     assert shown["in flight"].endswith("; …); queued: 128 sweep")
     assert shown["reads"] == ("7, 0 bytes; 5 had to wait: p50 45 ms, p99 1.5 s, longest 2 s; 3 waiting now")
     assert shown["failed"] == "4 read; see the log"
