@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -131,3 +132,57 @@ def test_print(mountpoint: Path, program: Path, capsys: pytest.CaptureFixture[st
 def test_program_that_is_missing(mountpoint: Path) -> None:
     with pytest.raises(UsageError, match="no-such-qemu: no such program"):
         cli.run(parse(str(mountpoint), "--", "no-such-qemu"))
+
+
+def test_auto_says_why(mountpoint: Path, program: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "imagefs"):
+        choose_door("auto", Request(RestoreImage(mountpoint, "pc", "ram", 4096, 1), [str(program)]))
+    assert caplog.messages == [
+        "door pager: a process of imagefs brings the pages of QEMU's memory, and can be killed without harm",
+        "it is tried before mmap, postcopy, which --door takes by name",
+    ]
+
+
+def without_userfaultfd(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as root that may do nothing, where userfaultfd is for the privileged only."""
+    (tmp_path / "sysctl").write_text("0\n")
+    (tmp_path / "device").touch(0o000)
+    os.chown(tmp_path / "device", 65534, 65534)
+    script = f"""
+        mount --bind {tmp_path}/sysctl /proc/sys/vm/unprivileged_userfaultfd
+        [ ! -e /dev/userfaultfd ] || mount --bind {tmp_path}/device /dev/userfaultfd
+        exec setpriv --bounding-set=-all --inh-caps=-all {shlex.join(command)}
+    """
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-ec", script], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_auto_where_userfaultfd_is_not_permitted(mountpoint: Path, program: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "imagefs.cli", "-v", "restore", str(mountpoint), "--print"]
+    done = without_userfaultfd(tmp_path, *command, "--", str(program))
+    assert done.returncode == 0, done.stderr
+    assert "IMAGEFS_PAGER" not in done.stdout
+    chosen = done.stderr.splitlines()[0]
+    assert chosen.startswith("imagefs: door mmap: ")
+    reason = chosen.partition("; not pager: ")[2]
+    assert all(name in reason for name in ("vm.unprivileged_userfaultfd", "CAP_SYS_PTRACE", "/dev/userfaultfd"))
+    done = without_userfaultfd(tmp_path, *command, "--door", "pager", "--", str(program))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"door pager: {reason}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--socket", "/s", "--door", "mmap"],
+        ["--reattach"],
+        ["--reattach", "--pid", "1", "--socket", "/s"],
+        ["--reattach", "--pid", "1", "--", "qemu"],
+        ["--pid", "1", "--", "qemu"],
+        ["--recover", "--qmp", "/s", "--reattach"],
+    ],
+)
+def test_options_that_do_not_go_together(mountpoint: Path, words: list[str]) -> None:
+    with pytest.raises(UsageError):
+        cli.run(parse(str(mountpoint), *words))
