@@ -417,6 +417,37 @@ static void gone(uint64_t seed)
     CHECK(imagefs_pager_destroy(pager, 10000));
 }
 
+/* All is here: the pager ends while the VMM still touches, writes and gives back, and the kernel alone serves it. */
+static void complete(uint64_t seed)
+{
+    struct sources from = make_sources(0);
+    struct imagefs_pager_region regions[2];
+    struct imagefs_pager_statistics counted;
+    struct imagefs_pager *pager;
+    int uffd, arrivals[2], status;
+    pid_t vmm = begin_vmm(seed, 1, 400000, &uffd, regions);
+    struct pollfd end;
+
+    CHECK(pipe(arrivals) == 0 && close(arrivals[1]) == 0);
+    from.arrivals = arrivals[0];
+    pager = make_pager(&from, uffd, regions, 1);
+    end = (struct pollfd){imagefs_pager_ended_fd(pager), POLLIN, 0};
+    CHECK(poll(&end, 1, 60000) == 1 && imagefs_pager_get_status(pager) == IMAGEFS_PAGER_COMPLETE);
+    imagefs_pager_get_statistics(pager, &counted);
+    CHECK(counted.copied_pages + counted.zero_pages + counted.removed_pages >= PAGES);
+    CHECK(imagefs_pager_destroy(pager, 10000));
+    CHECK(waitpid(vmm, &status, WNOHANG) == 0);
+    /* What it was giving back at that very moment. */
+    while (waitpid(vmm, &status, WNOHANG) == 0) {
+        struct uffd_msg message;
+
+        if (read(uffd, &message, sizeof message) != sizeof message)
+            usleep(1000);
+    }
+    CHECK(status == 0);
+    close(arrivals[0]);
+}
+
 int main(int argc, char **argv)
 {
     uint64_t seed;
@@ -433,6 +464,8 @@ int main(int argc, char **argv)
         failing(seed);
     else if (strcmp(argv[2], "gone") == 0)
         gone(seed);
+    else if (strcmp(argv[2], "complete") == 0)
+        complete(seed);
     else
         CHECK(!"a scenario");
     puts("pager: all true");

@@ -23,7 +23,7 @@ def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return program
 
 
-@pytest.mark.parametrize("scenario", ["touches", "events", "failing", "gone", "kills"])
+@pytest.mark.parametrize("scenario", ["touches", "events", "failing", "gone", "complete", "kills"])
 def test_driver(driver: Path, scenario: str, rng: random.Random) -> None:
     seed = str(rng.getrandbits(63))
     run = subprocess.run([driver, seed, scenario], capture_output=True, text=True, timeout=110, check=False)
