@@ -30,9 +30,9 @@ from pathlib import Path
 from imagefs.errors import UnsupportedInputError
 from imagefs.formats.base import Input, NativeRecorder, Workspace
 from imagefs.formats.decompress import decompressed
-from imagefs.formats.qemu_pages import LatestPages, keeper
 from imagefs.formats.qemu_sections import Guest, StreamReader
-from imagefs.formats.qemu_stream import BUFFER_SIZE, StreamCursor
+from imagefs.formats.stream_cursor import BUFFER_SIZE, StreamCursor
+from imagefs.formats.stream_pages import LatestPages, keeper
 from imagefs.image.capture import Capture
 from imagefs.image.native import TemplateBuilder
 

@@ -28,9 +28,9 @@ from typing import Any
 from imagefs.errors import UnsupportedInputError, UsageError
 from imagefs.formats.base import Input, NativeRecorder, Workspace
 from imagefs.formats.embedded import EmbeddedStream, lay_over
-from imagefs.formats.qemu_pages import PagesInPlace
 from imagefs.formats.qemu_sections import StreamReader
-from imagefs.formats.qemu_stream import StreamCursor
+from imagefs.formats.stream_cursor import StreamCursor
+from imagefs.formats.stream_pages import PagesInPlace
 from imagefs.image.capture import BytesSource, Capture
 
 MAGIC = b"QFI\xfb"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from imagefs.errors import UnsupportedInputError
 from imagefs.formats.qemu_machine import guest_memory, may_be_guest_memory
 from imagefs.formats.qemu_state import StateWriter
-from imagefs.formats.qemu_stream import StreamCursor
+from imagefs.formats.stream_cursor import StreamCursor
 from imagefs.image.geometry import PAGE_SIZE
 
 FLAGS = PAGE_SIZE - 1

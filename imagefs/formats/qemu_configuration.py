@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from imagefs.formats.qemu_state import StateWriter
-from imagefs.formats.qemu_stream import StreamCursor
+from imagefs.formats.stream_cursor import StreamCursor
 
 CONFIGURATION, SUBSECTION = 0x07, 0x05
 TARGET_PAGE_BITS = 12

@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterator
 
 from imagefs.formats.base import Workspace
 from imagefs.formats.qemu_blocks import Block, BlockTable, read_block_table
-from imagefs.formats.qemu_pages import MainMemory
 from imagefs.formats.qemu_state import StateWriter, page_record
-from imagefs.formats.qemu_stream import BUFFER_SIZE, StreamCursor
 from imagefs.formats.spool import Spool
+from imagefs.formats.stream_cursor import BUFFER_SIZE, StreamCursor
+from imagefs.formats.stream_pages import MainMemory
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.native import TemplateBuilder
 

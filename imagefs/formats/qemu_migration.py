@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imagefs.formats.base import Input, NativeRecorder, Workspace
-from imagefs.formats.qemu_pages import keeper
 from imagefs.formats.qemu_sections import MAGIC, VERSION, StreamReader
-from imagefs.formats.qemu_stream import StreamCursor
+from imagefs.formats.stream_cursor import StreamCursor
+from imagefs.formats.stream_pages import keeper
 from imagefs.image.capture import Capture
 
 

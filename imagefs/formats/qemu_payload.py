@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 import zlib
 
-from imagefs.formats.qemu_stream import StreamCursor
+from imagefs.formats.stream_cursor import StreamCursor
 from imagefs.image.geometry import PAGE_SIZE
 
 _MAX_COMPRESSED = 4110

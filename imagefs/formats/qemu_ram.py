@@ -29,11 +29,11 @@ from imagefs.formats.base import Workspace
 from imagefs.formats.gather import JoinedSource
 from imagefs.formats.qemu_blocks import FLAG_MEM_SIZE, FLAGS, TABLE, Block, BlockTable, read_block_table
 from imagefs.formats.qemu_mapped_ram import MappedRamReader
-from imagefs.formats.qemu_pages import MainMemory
 from imagefs.formats.qemu_payload import delta_page, inflated_page
 from imagefs.formats.qemu_state import FLAG_EOS, FLAG_PAGE, FLAG_ZERO, StateWriter
-from imagefs.formats.qemu_stream import StreamCursor
 from imagefs.formats.spool import Spool
+from imagefs.formats.stream_cursor import StreamCursor
+from imagefs.formats.stream_pages import MainMemory
 from imagefs.image.capture import ByteSource, BytesSource
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.native import TemplateBuilder

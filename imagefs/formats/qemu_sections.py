@@ -37,10 +37,10 @@ from imagefs.formats.qemu_configuration import (
 from imagefs.formats.qemu_cpu import find_vcpus
 from imagefs.formats.qemu_devices import SECTION_FULL, Description, check_devices
 from imagefs.formats.qemu_machine import Layout, memory_layout
-from imagefs.formats.qemu_pages import MainMemory
 from imagefs.formats.qemu_ram import RamReader
 from imagefs.formats.qemu_state import SECTION_END, SECTION_FOOTER, SECTION_PART, StateWriter
-from imagefs.formats.qemu_stream import StreamCursor
+from imagefs.formats.stream_cursor import StreamCursor
+from imagefs.formats.stream_pages import MainMemory
 from imagefs.image.capture import ByteSource, Capture
 from imagefs.image.native import NativeTemplate, TemplateBuilder
 

@@ -36,9 +36,9 @@ from dataclasses import dataclass
 from imagefs.errors import UnsupportedInputError
 from imagefs.formats.base import Input, Workspace
 from imagefs.formats.pieces import PieceMemory
-from imagefs.formats.qemu_pages import MainMemory, PagesInPlace, SpooledPages
 from imagefs.formats.regions import regions_of
 from imagefs.formats.spool import Spool
+from imagefs.formats.stream_pages import keeper
 from imagefs.formats.xen_stream import Record, XenCursor
 from imagefs.image.capture import ByteSource, PageKind
 from imagefs.image.geometry import PAGE_SIZE, Geometry
@@ -70,11 +70,7 @@ class PageReader:
         self._cursor = cursor
         self._builder = builder
         self._types = _FrameTypes(workspace.spool())
-        self._memory: MainMemory
-        if source.regular:
-            self._memory = PagesInPlace(workspace, MAX_PFN, workspace.adopt(source.as_file()))
-        else:
-            self._memory = SpooledPages(workspace, MAX_PFN)
+        self._memory = keeper(source, workspace)(MAX_PFN)
 
     def read(self, record: Record, limit: int) -> None:
         """A record whose header was passed; frame numbers are below ``limit``."""

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from imagefs.formats.base import Input
-from imagefs.formats.qemu_stream import StreamCursor
 from imagefs.formats.spool import Spool
+from imagefs.formats.stream_cursor import StreamCursor
 from imagefs.image.native import TemplateBuilder
 
 OPTIONAL = 0x8000_0000

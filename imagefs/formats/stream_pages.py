@@ -82,7 +82,7 @@ class MainMemory(ABC):
         # Pages from here on were not sent yet: the first pass over RAM needs no look at what was there before.
         self._untouched = 0
         # Sparse; a retired copy's native offset at (offset // PAGE_SIZE) slots. No two copies share a slot, since
-        # each takes more than a page of the stream, and reading the slots in order yields them sorted.
+        # each takes at least a page of the stream, and reading the slots in order yields them sorted.
         self._retired = workspace.spool()
         self._exceptions = workspace.spool()
 

@@ -1,4 +1,4 @@
-"""A cursor over a QEMU migration stream: fields by name, each checked before it is used.
+"""A cursor over a stream: fields by name, each checked before it is used.
 
 Every byte that it passes goes into the native template exactly once: as a literal, unless the caller takes it with
 :meth:`StreamCursor.consume` because it describes these bytes otherwise.
