@@ -36,8 +36,8 @@ def run(work: Path) -> Iterator[Figure]:
     peak = 0
     for number in range(RUNS):
         # Taken in turns, so that what else this machine does hits both alike; the best of each counts.
-        zstd = min(zstd, _measure(["zstd", "-3", "-T2", "-q", "-f", str(memory), "-o", str(compressed)])[0])
-        seconds, resident = _measure(_split(memory, work / f"store{number}"))
+        zstd = min(zstd, measure(["zstd", "-3", "-T2", "-q", "-f", str(memory), "-o", str(compressed)])[0])
+        seconds, resident = measure(_split(memory, work / f"store{number}"))
         imagefs, peak = min(imagefs, seconds), max(peak, resident)
     stored = sum(p.stat().st_size for p in (work / "store0" / "objects").rglob("*") if p.is_file())
     what = f"{SIZE >> 20} MiB of raw memory, 30 % of it zero"
@@ -48,7 +48,7 @@ def run(work: Path) -> Iterator[Figure]:
     name = "split's peak resident memory"
     yield Figure(f"{name}, a file", peak, "bytes", bound, LIMIT, 1.0, "lower", f"{what}, the worst of {RUNS}")
     with subprocess.Popen(["cat", str(memory)], stdout=subprocess.PIPE) as cat:
-        peak = _measure(_split("-", work / "piped"), cat.stdout)[1]
+        peak = measure(_split("-", work / "piped"), cat.stdout)[1]
     yield Figure(f"{name}, a pipe", peak, "bytes", bound, LIMIT, 1.0, "lower", f"{what}, through a pipe")
 
 
@@ -56,7 +56,7 @@ def _split(source: Path | str, store: Path) -> list[str]:
     return [sys.executable, "-m", "imagefs.cli", "split", "-q", "--format", "raw", str(source), str(store / "vm")]
 
 
-def _measure(command: list[str], stdin: IO[bytes] | None = None) -> tuple[float, int]:
+def measure(command: list[str], stdin: IO[bytes] | None = None) -> tuple[float, int]:
     """Seconds that a command takes, and the most bytes that were ever resident of it."""
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", WAIT, *command], stdin=stdin, stdout=subprocess.PIPE, check=True)
