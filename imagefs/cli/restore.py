@@ -10,13 +10,11 @@ from pathlib import Path
 
 from imagefs.cli.signals import signals_as_exceptions
 from imagefs.errors import UsageError
-from imagefs.restore import pager_door
 from imagefs.restore.door import Request
 from imagefs.restore.doors import AUTO, choose_door, door_names
 from imagefs.restore.mountpoint import read_memory, read_mountpoint
-from imagefs.restore.pager_door import reattach, serve_socket
-from imagefs.restore.postcopy_door import recover_guest
-from imagefs.restore.reattach import find_by_pid, find_by_socket
+
+PAGER = "pager"
 
 DESCRIPTION = """\
 Resume the guest whose image is mounted at MOUNTPOINT: it runs at once, and its memory
@@ -107,21 +105,28 @@ def run(args: argparse.Namespace) -> int:
     if args.recover or args.qmp:
         if not (args.recover and args.qmp) or args.vmm or args.reattach:
             raise UsageError("--recover and --qmp SOCKET belong together, and QEMU runs already: no command line")
+        from imagefs.restore.postcopy_door import recover_guest
+
         return recover_guest(read_mountpoint(args.mountpoint), args.qmp)
     if args.reattach or args.pid is not None:
         if not args.reattach or args.vmm or (args.pid is None) == (args.socket is None):
             raise UsageError("--reattach goes with either --socket PATH or --pid QEMU, and no command line")
+        from imagefs.restore.pager_door import reattach
+        from imagefs.restore.reattach import find_by_pid, find_by_socket
+
         image = read_memory(args.mountpoint)
         with signals_as_exceptions():
             return reattach(image, find_by_socket(args.socket) if args.socket else find_by_pid(args.pid))
-    if args.socket and args.door not in (AUTO, pager_door.DOOR.name):
-        raise UsageError(f"--socket is for the door {pager_door.DOOR.name}, not {args.door}")
+    if args.socket and args.door not in (AUTO, PAGER):
+        raise UsageError(f"--socket is for the door {PAGER}, not {args.door}")
     if not args.vmm:
+        from imagefs.restore.pager_door import serve_socket
+
         with signals_as_exceptions():
             return serve_socket(read_memory(args.mountpoint), args.socket)
     command = args.vmm[1:] if args.vmm[0] == "--" else args.vmm
     request = Request(read_mountpoint(args.mountpoint), command, args.print_only, args.socket)
-    door = choose_door(pager_door.DOOR.name if args.socket else args.door, request)
+    door = choose_door(PAGER if args.socket else args.door, request)
     status = door.run(request)
     if status < 0:
         _end_by(signal.Signals(-status))

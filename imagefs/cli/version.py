@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 
 def version_text() -> str:
     """The version for people; a checkout that was never installed has none."""
+    # Here, because it costs every command 40 ms.
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version("imagefs")
     except PackageNotFoundError:

@@ -9,6 +9,18 @@ The way in, a running QEMU to suspend, is :mod:`~imagefs.restore.suspend`. Nothi
 For programs that want the memory itself there is :func:`map_memory`.
 """
 
-from imagefs.restore.memory_map import LazyMemory, map_memory
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imagefs.restore.memory_map import LazyMemory, map_memory
 
 __all__ = ["LazyMemory", "map_memory"]
+
+
+def __getattr__(name: str) -> Any:
+    # Whoever restores a guest does not wait for the import of what only programs use.
+    if name in __all__:
+        from imagefs.restore import memory_map
+
+        return getattr(memory_map, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

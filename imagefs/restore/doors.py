@@ -1,18 +1,21 @@
-"""The registry of doors, and the choice among them. Each is a module with an object that fits Door."""
+"""The registry of doors, and the choice among them. Each is a module with an object ``DOOR`` that fits Door.
+
+A guest waits while we start, so a door's module is imported only when it is looked at.
+"""
 
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 
 from imagefs.errors import RestoreError, UsageError
-from imagefs.restore import mmap_door, pager_door, postcopy_door
 from imagefs.restore.door import Door, Request
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
 
-DOORS: tuple[Door, ...] = (pager_door.DOOR, mmap_door.DOOR, postcopy_door.DOOR)
+DOORS = ("pager", "mmap", "postcopy")
 """All there are, in the order in which ``auto`` tries them.
 
 pager first: its faults are the fastest, and whoever dies (the pager, the mount's daemon, this command) the guest waits
@@ -22,7 +25,15 @@ but the mount until QEMU ends. postcopy brings all of the memory across in any c
 
 def door_names() -> list[str]:
     """What ``--door`` takes."""
-    return [AUTO, *(door.name for door in DOORS)]
+    return [AUTO, *DOORS]
+
+
+def door(name: str) -> Door:
+    """The door of that name; UsageError where there is none."""
+    if name not in DOORS:
+        raise UsageError(f"--door {name}: unknown; known are {', '.join(door_names())}")
+    found: Door = import_module(f"imagefs.restore.{name}_door").DOOR
+    return found
 
 
 def choose_door(name: str, request: Request) -> Door:
@@ -32,20 +43,18 @@ def choose_door(name: str, request: Request) -> Door:
     """
     if name == AUTO:
         reasons: list[str] = []
-        for door in DOORS:
-            reason = door.obstacle(request)
+        for number, each in enumerate(DOORS):
+            tried = door(each)
+            reason = tried.obstacle(request)
             if reason is None:
-                log.info("door %s: %s%s", door.name, door.summary, "".join(f"; not {each}" for each in reasons))
-                others = [other.name for other in DOORS[DOORS.index(door) + 1 :]]
-                if others:
+                log.info("door %s: %s%s", each, tried.summary, "".join(f"; not {other}" for other in reasons))
+                if others := DOORS[number + 1 :]:
                     log.info("it is tried before %s, which --door takes by name", ", ".join(others))
-                return door
-            reasons.append(f"{door.name}: {reason}")
+                return tried
+            reasons.append(f"{each}: {reason}")
         raise RestoreError("no door is possible here: " + "; ".join(reasons))
-    for door in DOORS:
-        if door.name == name:
-            reason = door.obstacle(request)
-            if reason is not None:
-                raise RestoreError(f"door {name}: {reason}")
-            return door
-    raise UsageError(f"--door {name}: unknown; known are {', '.join(door_names())}")
+    chosen = door(name)
+    reason = chosen.obstacle(request)
+    if reason is not None:
+        raise RestoreError(f"door {name}: {reason}")
+    return chosen

@@ -14,6 +14,8 @@ HELP_SECONDS = 60.0
 _LINE = re.compile(r"^(\S+)\s+(.*)$")
 _ALIAS = re.compile(r"\(alias of (\S+)\)")
 _VERSION = re.compile(r"-\d+(\.\d+)+$")
+_ALIASES = {"pc": "pc-i440fx", "q35": "pc-q35"}
+"""What every QEMU of x86-64 means by them, in its own newest version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,12 @@ def choose_machine(given: str | None, wanted: str, machines: Callable[[], Machin
 
     A guest can run only on the very machine type that it was saved on. Who names none, or only the alias of a
     family, gets that one: ``pc`` of QEMU 10 means pc-i440fx-10.0, and QEMU 10 has pc-i440fx-7.2 as well. Who names
-    another type on purpose is told. ``machines`` is asked only if needed.
+    another type on purpose is told. ``machines`` is asked only then: that starts a QEMU, and the guest waits. So it is
+    QEMU itself that complains of a machine that it is too old for.
 
     Raises RestoreError, naming both types.
     """
-    if given == wanted:
+    if given in (None, wanted) or _ALIASES.get(given) == _family(wanted):
         return wanted
     known = machines()
     if wanted not in known.types:
@@ -78,8 +81,6 @@ def choose_machine(given: str | None, wanted: str, machines: Callable[[], Machin
             f"the image was saved on machine {wanted}, which {known.program} does not have: "
             "use the QEMU version that saved it, or a newer one"
         )
-    if given is None:
-        return wanted
     meant = known.aliases.get(given, given)
     if meant == wanted or (given in known.aliases and _family(meant) == _family(wanted)):
         return wanted
