@@ -69,7 +69,7 @@ def _save(args: argparse.Namespace) -> int:
             f"{target} is on a server, which cannot be written to; name the directory that it serves: "
             f"imagefs trace save {args.place} STORE/NAME"
         )
-    recorded = working_set_of(parse_trace(_read_trace(Path(args.place))))
+    touches = parse_trace(_read_trace(Path(args.place)))
     codec = Codec()
     with image_reader(target) as reader:
         _writable(reader, target)
@@ -79,7 +79,7 @@ def _save(args: argparse.Namespace) -> int:
                 "a working set is of one image only"
             )
         before = [] if args.new else [_published(reader, codec), _local(status, reader)]
-        merged = merge([*before, recorded])
+        merged = merge([*before, working_set_of(touches, reader.image.manifest.chunk_pages)])
         if not len(merged):
             raise UsageError(f"{args.place}: nothing has been recorded: restore a guest from it first")
         written = publish(reader, merged, codec)

@@ -109,7 +109,7 @@ class Foresight:
         if touches == self._saved:
             return lambda: None
         self._saved = touches
-        return partial(_save, self._sink, self._local, self._trace.text())
+        return partial(_save, self._sink, self._local, self._trace.text(), self._image)
 
     def _load(self) -> WorkingSet:
         text = self._sink.working_set()
@@ -121,7 +121,9 @@ class Foresight:
         return WorkingSet()
 
 
-def _save(sink: PageSink, before: WorkingSet, trace: bytes) -> None:
-    found = working_set_of(parse_trace(trace))
+def _save(sink: PageSink, before: WorkingSet, trace: bytes, image: Image) -> None:
+    found = working_set_of(parse_trace(trace), image.manifest.chunk_pages)
     if len(found):
-        sink.put_working_set(to_text(merge([before, found])))
+        # The last window of memory may be one in part.
+        kept = to_text(merge([before, found]), image.metadata.geometry.pages)
+        sink.put_working_set(kept)

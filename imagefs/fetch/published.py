@@ -35,7 +35,7 @@ ATTEMPTS = 5
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds between them."""
 
-State = Literal["none", "waiting", "streaming", "complete", "given up"]
+State = Literal["none", "waiting", "streaming", "complete", "not needed", "given up"]
 
 
 class SetTarget(Protocol):
@@ -140,6 +140,8 @@ class PublishedSet:
             self.progress.state = "none"
         except StoreError:
             self._pieces = None
+        if not self.under_way:
+            self._pieces = self._first = None
         self._begun.set()
 
     async def land(self, image: Image, sink: PageSink, target: SetTarget) -> None:
@@ -147,6 +149,11 @@ class PublishedSet:
 
         A set that is damaged, or of another image, is left with a warning; an outage is waited out, for a while.
         """
+        if sink.has(0, image.metadata.geometry.pages):
+            # The answer may still be on its way: it is left to its thread.
+            self.progress.state = "not needed"
+            self._pieces = self._first = None
+            return
         await self._begun.wait()
         landing = self._landing(image, sink)
         attempts, pause = 0, FIRST_PAUSE

@@ -49,11 +49,12 @@ def parse_trace(text: bytes) -> Iterator[Touch]:
             yield touch
 
 
-def working_set_of(touches: Iterable[Touch], limit: int = LIMIT) -> WorkingSet:
+def working_set_of(touches: Iterable[Touch], chunk_pages: int, limit: int = LIMIT) -> WorkingSet:
     """The set of all recordings in a trace, merged.
 
-    Where restore helpers have written page-accurate touches, only those count: what the mount saw itself are the
-    helpers' reads.
+    Where restore helpers have written touches, only those count: what the mount saw itself are the helpers' reads. A
+    helper installs all that arrives with the page that was touched, so that touches of the rest of its window are not
+    seen: it counts as touched as a whole. The kernel's reads for a mapping are seen page by page.
     """
     runs: list[list[Touch]] = []
     latest: dict[str, list[Touch]] = {}
@@ -65,14 +66,16 @@ def working_set_of(touches: Iterable[Touch], limit: int = LIMIT) -> WorkingSet:
             runs.append(run)
         run.append(touch)
     helpers = [run for run in runs if run[0].origin != OWN]
-    return merge([_recording(run, limit) for run in helpers or runs], limit)
+    unit = chunk_pages if helpers else 1
+    return merge([_recording(run, unit, limit) for run in helpers or runs], limit)
 
 
-def _recording(run: list[Touch], limit: int) -> WorkingSet:
+def _recording(run: list[Touch], unit: int, limit: int) -> WorkingSet:
     run = _from_begin(run)
     end = run[0].seconds + RECORDING_SECONDS
     kept = _without_sweeps([touch for touch in run if touch.seconds <= end])
-    return recorded((page for touch in kept for page in range(touch.page, touch.page + touch.count)), limit)
+    spans = (range(t.page // unit * unit, -(-(t.page + t.count) // unit) * unit) for t in kept)
+    return recorded((page for span in spans for page in span), limit)
 
 
 def _from_begin(run: list[Touch]) -> list[Touch]:

@@ -168,10 +168,12 @@ class SetParser:
             raise self._bad("length", f"{table} and {frame} bytes")
         if len(self._rest) < RECORD.size + table + frame:
             return None
-        body = bytes(self._rest[RECORD.size : RECORD.size + table + frame])
-        record = self._parse(kind, level, count, body[:table], body[table:])
+        middle, end = RECORD.size + table, RECORD.size + table + frame
+        with memoryview(self._rest) as rest:
+            parts = bytes(rest[RECORD.size : middle]), bytes(rest[middle:end])
+        record = self._parse(kind, level, count, *parts)
         self._records += 1
-        self._drop(RECORD.size + len(body))
+        self._drop(end)
         return record
 
     def _parse(self, kind: int, level: int, count: int, table: bytes, frame: bytes) -> Record:

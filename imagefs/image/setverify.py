@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from imagefs import native
 from imagefs.errors import CorruptObjectError
-from imagefs.image.chunks import DIGEST_SIZE, Codec
+from imagefs.image.chunks import DIGEST_SIZE, Codec, content_digest
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.index import (
     FANOUT,
@@ -129,6 +129,8 @@ class SetVerifier:
 
 def _digest(window: SetWindow, pages: int, content: memoryview) -> bytes:
     """The digest of the chunk with these pages, some from the content and some by their digests."""
+    if not window.siblings:
+        return content_digest(content)
     digests = []
     at = sibling = 0
     while pages:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 LIMIT = 16384
 """Pages of a set: 64 MiB, as much as the larger guests of REAP (Ustiugov et al., ASPLOS 2021) touch until they answer.
@@ -33,7 +34,7 @@ class WorkingSet:
 
 def recorded(pages: Iterable[int], limit: int = LIMIT) -> WorkingSet:
     """The set of one recording: pages in the order of their touches, of which the first counts."""
-    order = tuple(dict.fromkeys(pages))[:limit]
+    order = tuple(islice(dict.fromkeys(pages), limit))
     return WorkingSet(order, (1,) * len(order))
 
 
@@ -53,9 +54,9 @@ def merge(sets: Iterable[WorkingSet], limit: int = LIMIT) -> WorkingSet:
     return WorkingSet(tuple(order), tuple(min(often[page], MAX_RECORDINGS) for page in order))
 
 
-def to_text(each: WorkingSet) -> bytes:
-    """A line ``PAGE RECORDINGS`` for each page, in order."""
-    return b"".join(b"%d %d\n" % item for item in each.items())
+def to_text(each: WorkingSet, pages: int) -> bytes:
+    """A line ``PAGE RECORDINGS`` for each page of a memory of so many, in order."""
+    return b"".join(b"%d %d\n" % item for item in each.items() if item[0] < pages)
 
 
 def from_text(text: bytes, pages: int, limit: int = LIMIT) -> WorkingSet:

@@ -216,6 +216,14 @@ async def test_a_full_disk_ends_it(setup: Setup) -> None:
         assert await opened.read("memory", 650 * PAGE_SIZE, PAGE_SIZE) == setup.made.page(650)
 
 
+async def test_a_full_cache_needs_no_set(setup: Setup) -> None:
+    async with setup.open(FetchOptions(prefetch="none")) as opened:
+        await opened.read("memory", 0, len(setup.made.memory))
+    async with setup.open() as opened:
+        assert await settled(opened) == "not needed"
+        assert opened.status()["working_set"]["pages_landed"] == 0
+
+
 async def test_the_sweep_follows(setup: Setup, autojump_clock: trio.testing.MockClock) -> None:
     async with setup.open(FetchOptions()) as opened:
         while not opened.arrivals.complete:  # noqa: ASYNC110 - on a clock that jumps

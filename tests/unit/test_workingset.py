@@ -62,7 +62,7 @@ def test_sets_are_bounded() -> None:
 @given(st.lists(recordings, max_size=3))
 def test_text_is_read_again(sets: list[WorkingSet]) -> None:
     merged = merge(sets)
-    assert from_text(to_text(merged), 301) == merged
+    assert from_text(to_text(merged, 301), 301) == merged
 
 
 @pytest.mark.parametrize("text", [b"1", b"1 0", b"1 256", b"-1 1", b"9 1", b"1 1 1", b"x 1", b"1 1\n\n", b"\xff 1"])
@@ -84,22 +84,22 @@ GUEST = random.Random(8).sample(range(100_000), 1500)
 
 
 def test_a_guest_is_recorded_as_it_touches() -> None:
-    assert working_set_of(touches(GUEST)).pages == tuple(GUEST)
+    assert working_set_of(touches(GUEST), 1).pages == tuple(GUEST)
 
 
 def test_lines_that_are_none_are_left_out() -> None:
     text = b"0.5 7 2 pager\nnonsense\nnan 3 1 pager\n0.6 -1 1 pager\n0.7 9 0 pager\n0.8 11 1 pager\n0.9 1"
-    assert working_set_of(parse_trace(text)).pages == (7, 8, 11)
+    assert working_set_of(parse_trace(text), 1).pages == (7, 8, 11)
 
 
 def test_nothing_is_recorded_after_a_while() -> None:
     late = touches(list(range(200_000, 300_000, 2)), start=RECORDING_SECONDS + 2, step=0.1)
-    assert working_set_of([*touches(GUEST), *late]).pages == tuple(GUEST)
+    assert working_set_of([*touches(GUEST), *late], 1).pages == tuple(GUEST)
 
 
 def test_a_guest_that_touches_everything_is_cut() -> None:
     everything = random.Random(9).sample(range(1 << 20), 100_000)
-    assert len(working_set_of(touches(everything, step=1e-4))) == LIMIT
+    assert len(working_set_of(touches(everything, step=1e-4), 1)) == LIMIT
 
 
 @pytest.mark.parametrize("reader", ["cp", "backwards", "with holes", "in parallel"])
@@ -116,23 +116,30 @@ def test_whoever_reads_all_of_it_leaves_no_trace(reader: str) -> None:
     mixed: list[Touch] = []
     for number, touch in enumerate(guest):
         mixed += [touch, *sweep[number * 2 : number * 2 + 2]]
-    found = working_set_of(mixed)
+    found = working_set_of(mixed, 1)
     assert len(set(GUEST) - set(found.pages)) < 20, "the guest's own touches stay"
     assert len(found) < len(GUEST) + 2 * SWEEP_PAGES
 
 
 def test_a_long_run_that_is_no_sweep_stays() -> None:
     run = list(range(5000, 5000 + SWEEP_PAGES - 1))
-    assert working_set_of(touches(run)).pages == tuple(run)
+    assert working_set_of(touches(run), 1).pages == tuple(run)
 
 
 def test_where_helpers_write_their_touches_the_mounts_own_do_not_count() -> None:
     own = touches([1, 2, 3], "read")
-    assert working_set_of([*own, *touches([70, 60], "pager")]).pages == (70, 60)
+    assert working_set_of([*own, *touches([70, 60], "pager")], 1).pages == (70, 60)
+
+
+def test_what_helpers_touch_are_windows() -> None:
+    """All of a window is installed when a page of it is touched, and the touches of the rest are not seen."""
+    found = working_set_of(touches([70, 3, 75], "pager"), 16)
+    assert found.pages == (*range(64, 80), *range(16))
+    assert working_set_of(touches([70, 3], "read"), 16).pages == (70, 3)
 
 
 def test_two_guests_in_one_trace_are_two_recordings() -> None:
-    found = working_set_of([*touches(GUEST, "pager", 100.0), *touches(GUEST[:100], "pager", 0.5)])
+    found = working_set_of([*touches(GUEST, "pager", 100.0), *touches(GUEST[:100], "pager", 0.5)], 1)
     assert found.pages[:100] == tuple(GUEST[:100])
     assert found.recordings == (2,) * 100 + (1,) * (len(GUEST) - 100)
 
@@ -140,4 +147,4 @@ def test_two_guests_in_one_trace_are_two_recordings() -> None:
 def test_a_look_at_a_few_pages_does_not_begin_a_recording() -> None:
     look = touches([10, 20, 30])
     guest = touches(GUEST, start=1000.0)
-    assert working_set_of([*look, *guest]).pages == tuple(GUEST)
+    assert working_set_of([*look, *guest], 1).pages == tuple(GUEST)

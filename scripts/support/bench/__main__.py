@@ -21,6 +21,7 @@ BENCHMARKS = {
     "sweep": "the daemon's memory while 4 GiB are swept",
     "pager": "faults and installing ahead, beside a bare handler and bare ioctls",
     "local": "resuming from the local disk, beside QEMU with the flat file and with the whole stream; its memory",
+    "workingset": "a resume with a recorded working set, beside what the link and the host need at least",
     "quickstart": "bytes and seconds until a guest answers over a link, beside download and restore",
     "resume": "a Redis resumed over five links, beside download and restore and other programs' mounts (25 minutes)",
 }
