@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import random
 import select
@@ -17,6 +18,7 @@ RECORD = 1000
 RETRY_SECONDS = 0.9
 _PIPELINE = 200
 """Requests under way while the data set is loaded."""
+_TOKEN = RECORD // 2
 _WORDS = (
     *("active", "address", "agent", "amount", "basket", "browser", "city", "closed", "country", "currency", "customer"),
     *("delivery", "device", "discount", "email", "expires", "invoice", "language", "locale", "member", "name", "open"),
@@ -30,7 +32,7 @@ class WrongAnswerError(Exception):
 
 @dataclass(frozen=True)
 class DataSet:
-    """``count`` sessions of a web shop: half of a value is random digits, the other half words."""
+    """``count`` sessions of a web shop: half of a value is a token, random and in base64, the other half words."""
 
     count: int
     seed: int = 1
@@ -45,8 +47,8 @@ class DataSet:
 
     def value(self, number: int) -> bytes:
         """RECORD bytes, a function of the seed and the number alone."""
-        drawn = hashlib.shake_128(b"%d:%d" % (self.seed, number)).digest(RECORD // 4 + 64)
-        token = drawn[64:].hex()
+        drawn = hashlib.shake_128(b"%d:%d" % (self.seed, number)).digest(_TOKEN * 3 // 4 + 64)
+        token = base64.b64encode(drawn[64:]).decode()
         words = " ".join([_WORDS[byte & 31] for byte in drawn[:64]])
         return f'{{"id":{number},"token":"{token}","note":"{words}"'.ljust(RECORD - 1)[: RECORD - 1].encode() + b"}"
 
