@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from imagefs.cli.signals import EndedBySignal
-from imagefs.cli.version import version_text
+from imagefs.cli.version import ShowVersion
 from imagefs.errors import ImagefsError, UsageError
 
 if TYPE_CHECKING:
@@ -141,17 +141,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} ({usage}; see {self.prog} --help)\n")
 
 
-class _Version(argparse.Action):
-    """The version is looked up only for who asks."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        parser._print_message(f"imagefs {version_text()}\n", sys.stdout)
-        parser.exit()
-
-
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="imagefs", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument("--version", action=ShowVersion)
     _add_verbose(parser, 0)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = next((word for word in arguments if not word.startswith("-")), None)

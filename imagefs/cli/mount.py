@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from imagefs.cli.version import version_text
+from imagefs.cli.version import ShowVersion
 from imagefs.errors import ImagefsError, UsageError
 from imagefs.mount.daemon import mount_as_daemon, mount_in_foreground
 from imagefs.mount.options import MountOptions, parse_options
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, dest="ignored", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("-t", dest="type", metavar="TYPE", help=argparse.SUPPRESS)
     parser.add_argument("-N", dest="namespace", metavar="NAMESPACE", help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=f"mount.imagefs {version_text()}")
+    parser.add_argument("--version", action=ShowVersion)
     return parser
 
 

@@ -25,8 +25,8 @@ BENCHMARKS = {
     "quickstart": "bytes and seconds until a guest answers over a link, beside download and restore",
     "resume": "a Redis resumed over five links, beside download and restore and other programs' mounts (25 minutes)",
 }
-BY_NAME_ONLY = ("resume",)
-"""It takes as long as all others together, and writes the figures that are shown in README."""
+DEFAULT = tuple(name for name in BENCHMARKS if name != "resume")
+"""Not what takes as long as all others together, and writes the figures that are shown in README."""
 
 
 def main() -> int:
@@ -44,24 +44,33 @@ def main() -> int:
         parser.error(str(error))
     runs: dict[str, Benchmark] = {"resume": lambda work: resume.run(work, options)}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    missed = 0
-    for name in args.names or [name for name in BENCHMARKS if name not in BY_NAME_ONLY]:
-        print(f"bench {name}: {BENCHMARKS[name]}", file=sys.stderr)
-        begun = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="imagefs-bench-", dir=args.work) as work:
-            run = runs.get(name) or import_module(f"support.bench.{name}").run
-            for figure in run(Path(work)):
-                print(figure.line(), flush=True)
-                verdict = "reached" if figure.reached else "MISSED"
-                sign = ">=" if figure.better == "higher" else "<="
-                print(
-                    f"  {figure.name}: {figure.value:.4g} {figure.unit}, {figure.ratio:.3f} x {figure.yardstick} "
-                    f"(goal {sign} {figure.goal}): {verdict}",
-                    file=sys.stderr,
-                )
-                missed += not figure.reached
-        print(f"  {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    try:
+        missed = sum(_run(name, runs.get(name), args.work) for name in args.names or DEFAULT)
+    except KeyboardInterrupt:
+        print("bench: interrupted; everything is cleaned up", file=sys.stderr)
+        return 130
     return 1 if missed else 0
+
+
+def _run(name: str, run: Benchmark | None, directory: Path) -> int:
+    """Print the figures of a benchmark; returns how many miss their goals."""
+    run = run or import_module(f"support.bench.{name}").run
+    print(f"bench {name}: {BENCHMARKS[name]}", file=sys.stderr)
+    begun = time.monotonic()
+    missed = 0
+    with tempfile.TemporaryDirectory(prefix="imagefs-bench-", dir=directory) as work:
+        for figure in run(Path(work)):
+            print(figure.line(), flush=True)
+            verdict = "reached" if figure.reached else "MISSED"
+            sign = ">=" if figure.better == "higher" else "<="
+            print(
+                f"  {figure.name}: {figure.value:.4g} {figure.unit}, {figure.ratio:.3f} x {figure.yardstick} "
+                f"(goal {sign} {figure.goal}): {verdict}",
+                file=sys.stderr,
+            )
+            missed += not figure.reached
+    print(f"  {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    return missed
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imagefs.cli import COMMANDS
-from imagefs.restore.doors import door_names
 from support.bench.figures import Figure
 from support.nginx import Nginx
 from support.resume import site as sites
@@ -36,23 +35,18 @@ FIGURES = Path(__file__).resolve().parents[3] / "docs" / "figures"
 RECORDING_SEED = "recorded"
 """Of the GET that the recording makes: another record than those that are measured."""
 
-
-def _is_possible(way: Way) -> bool:
-    """Until the doors and commands of all ways are there."""
-    return not (isinstance(way, Imagefs) and way.store == "recorded" and "trace" not in COMMANDS) and not (
-        way.name.endswith("-mmap") and "pager" not in door_names()
-    )
-
-
-_OURS = (
-    Imagefs(CACHED, "imagefs, full local cache", warm=True),
+_RECORDED = (
     Imagefs(SET, "imagefs, recorded set", store="recorded"),
     Imagefs(f"{SET}-mmap", "imagefs, recorded set, door mmap", store="recorded", door="mmap"),
+)
+_OURS = (
+    Imagefs(CACHED, "imagefs, full local cache", warm=True),
+    *(_RECORDED if "trace" in COMMANDS else ()),
     Imagefs(PLAIN, "imagefs, first resume"),
     Imagefs(f"{PLAIN}-mmap", "imagefs, first resume, door mmap", door="mmap"),
     Imagefs(DEMAND, "imagefs, demand only", options="prefetch=none"),
 )
-WAYS: Mapping[str, Way] = {way.name: way for way in (FLAT, *_OURS, *PEERS, Download(DOWNLOAD)) if _is_possible(way)}
+WAYS: Mapping[str, Way] = {way.name: way for way in (FLAT, *_OURS, *PEERS, Download(DOWNLOAD))}
 
 
 @dataclass(frozen=True)
