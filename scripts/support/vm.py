@@ -180,27 +180,32 @@ class Vm:
     @property
     def status(self) -> str:
         """QEMU's run state: running, paused, postmigrate, …"""
-        return str(self.qmp.execute("query-status")["status"])
+        return self._status(PATIENCE)
 
     def wait_running(self, timeout: float = PATIENCE) -> None:
         """Until QEMU runs the guest. What is sent on the serial line before an incoming state is loaded gets lost."""
         deadline = time.monotonic() + timeout
         try:
-            while self.status != "running":
-                self.qmp.wait_event("RESUME", "STOP", timeout=max(0.0, deadline - time.monotonic()))
+            while self._status(left := max(0.0, deadline - time.monotonic())) != "running":
+                self.qmp.wait_event("RESUME", "STOP", timeout=left)
         except RestoreError as error:
             raise VmError(f"QEMU does not run the guest: {error}\n{self.said()}") from None
 
     def go_on(self, timeout: float = PATIENCE) -> None:
         """Until QEMU has loaded an incoming state and runs the guest; one that was saved paused is told ``cont``."""
         deadline = time.monotonic() + timeout
-        while self.status == "inmigrate":
-            if time.monotonic() > deadline:
-                raise VmError(f"QEMU did not load the state in {timeout:.0f} s\n{self.said()}")
+        while (status := self._status(max(0.0, deadline - time.monotonic()))) == "inmigrate":
             time.sleep(0.02)
-        if self.status == "paused":
+        if status == "paused":
             self.qmp.execute("cont")
         self.wait_running(max(0.0, deadline - time.monotonic()))
+
+    def _status(self, timeout: float) -> str:
+        """A QEMU whose main loop waits for a page answers nothing meanwhile."""
+        try:
+            return str(self.qmp.execute("query-status", timeout=timeout)["status"])
+        except RestoreError as error:
+            raise VmError(f"{error}\n{self.said()}") from None
 
     # ---- the serial line ----
 

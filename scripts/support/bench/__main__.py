@@ -12,6 +12,11 @@ from pathlib import Path
 
 from support.bench import resume
 from support.bench.figures import Benchmark
+from support.commands import CommandFailedError
+from support.debian import GuestError
+from support.mounts import MountFailedError
+from support.resume.redis import WrongAnswerError
+from support.vm import VmError
 
 BENCHMARKS = {
     "split": "splitting throughput and bytes stored, beside zstd",
@@ -49,6 +54,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("bench: interrupted; everything is cleaned up", file=sys.stderr)
         return 130
+    except (CommandFailedError, GuestError, MountFailedError, VmError, WrongAnswerError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
     return 1 if missed else 0
 
 

@@ -113,20 +113,21 @@ class Result:
             first, demand = self._first(link.name, PLAIN), self._first(link.name, DEMAND)
             if first is None:
                 continue
+            name = f"{FIRST}, {first[1]}"
             if (peer := self._best_peer(link.name)) is not None:
-                yield Figure(f"{FIRST}, no recording", first[0], "s", peer[1], peer[0], 1 / 2, "lower", what)
+                yield Figure(name, first[0], "s", peer[1], peer[0], 1 / 2, "lower", what)
             if demand is not None:
-                yield Figure(f"{FIRST}, no recording", first[0], "s", demand[1], demand[0], 1.0, "lower", what)
+                yield Figure(name, first[0], "s", demand[1], demand[0], 1.0, "lower", what)
 
     def _recorded_goals(self) -> Iterator[Figure]:
         link = next((link for link in self.links if link.name == GOAL_LINK), None)
         resume = self.of(GOAL_LINK, SET)
         if link is None or link.mbit is None or link.rtt_ms is None or resume is None or resume.opened_seconds is None:
             return
-        what, name = link.label, f"{FIRST}, recorded set"
-        working_set = self.sizes["set"] + self.sizes["metadata"]
         took = self._first(GOAL_LINK, SET)
         assert took is not None
+        what, name = link.label, f"{FIRST}, {took[1]}"
+        working_set = self.sizes["set"] + self.sizes["metadata"]
         cached = self.of(GOAL_LINK, CACHED)
         if cached is not None and cached.opened_seconds is not None and (floor := cached.at(1)) is not None:
             transfer = working_set * 8 / (link.mbit * 1e6) + 3 * link.rtt_ms / 1e3
