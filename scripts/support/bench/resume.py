@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagefs.cli import COMMANDS
 from support.bench.figures import Figure
 from support.nginx import Nginx
 from support.resume import site as sites
@@ -35,13 +34,10 @@ FIGURES = Path(__file__).resolve().parents[3] / "docs" / "figures"
 RECORDING_SEED = "recorded"
 """Of the GET that the recording makes: another record than those that are measured."""
 
-_RECORDED = (
-    Imagefs(SET, "imagefs, recorded set", store="recorded"),
-    Imagefs(f"{SET}-mmap", "imagefs, recorded set, door mmap", store="recorded", door="mmap"),
-)
 _OURS = (
     Imagefs(CACHED, "imagefs, full local cache", warm=True),
-    *(_RECORDED if "trace" in COMMANDS else ()),
+    Imagefs(SET, "imagefs, recorded set", store="recorded"),
+    Imagefs(f"{SET}-mmap", "imagefs, recorded set, door mmap", store="recorded", door="mmap"),
     Imagefs(PLAIN, "imagefs, first resume"),
     Imagefs(f"{PLAIN}-mmap", "imagefs, first resume, door mmap", door="mmap"),
     Imagefs(DEMAND, "imagefs, demand only", options="prefetch=none"),
