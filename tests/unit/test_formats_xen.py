@@ -33,6 +33,7 @@ from tests.unit.xen_streams import (
     XTAB,
     Entry,
     hvm_stream,
+    libvirt,
     libxl,
     page_data,
     page_of,
@@ -134,7 +135,7 @@ def test_hvm_has_emulators(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("piped", [False, True])
-def test_bare_streams(piped: bool, tmp_path: Path) -> None:
+def test_outermost_layers(piped: bool, tmp_path: Path) -> None:
     stream = hvm_stream(page_data(pages(3, 4)))
     with captured(stream, tmp_path, piped=piped) as capture:
         assert capture.restore["stream"] == "libxc"
@@ -142,6 +143,9 @@ def test_bare_streams(piped: bool, tmp_path: Path) -> None:
     with captured(libxl(stream), tmp_path, piped=piped) as capture:
         assert capture.restore["stream"] == "libxl"
         assert sorted(frames(capture)) == [3, 4, 5, 6]
+    with captured(libvirt(libxl(stream)), tmp_path, piped=piped) as capture:
+        assert capture.restore["stream"] == "libvirt"
+        assert capture.config == {"domain.xml": b"<domain type='xen'/>\n"}
 
 
 def pv_tables(root: int) -> list[Entry]:

@@ -21,6 +21,7 @@ from tests.unit.xen_streams import (
     hvm_params,
     hvm_stream,
     hvm_vcpu,
+    libvirt,
     libxc,
     libxl,
     p2m_frames,
@@ -67,7 +68,11 @@ PV = {"domain": 1}
 @pytest.mark.parametrize(
     ("data", "field", "reason"),
     [
-        (b"Xen saved domain, xl Format\n \0 \r" + bytes(16), "magic", "neither xl's, libxl's nor libxc's"),
+        (b"Xen saved domain, xl Format\n \0 \r" + bytes(16), "magic", "not of xl, libvirt"),
+        (libvirt(libxl(hvm_stream(PAGES)), version=1), "libvirt version", "1 is not 2"),
+        (libvirt(libxl(hvm_stream(PAGES)), xml=b""), "length of libvirt XML", "0x0 bytes"),
+        (libvirt(libxl(hvm_stream(PAGES)), xml=bytes(2 << 20)), "length of libvirt XML", "0x200000 bytes"),
+        (libvirt(hvm_stream(PAGES)), "libxl ident", "LibxlFmt"),
         (xl(b"", order=0x04030201), "xl byte order", "0x04030201"),
         (xl(b"", flags=1), "xl mandatory flags", "convert-legacy-stream"),
         (xl(b"", flags=7), "xl mandatory flags", "0x7"),

@@ -118,6 +118,10 @@ def xl(stream: bytes, config: bytes = JSON, *, flags: int = 3, extra: bytes = b"
     )
 
 
+def libvirt(stream: bytes, xml: bytes = b"<domain type='xen'/>\n\0", *, version: int = 2) -> bytes:
+    return struct.pack("<16sII40x", b"libvirt-xml\n \0 \r", version, len(xml)) + xml + stream
+
+
 def hvm_stream(data: bytes, *, vcpus: int = 1, emulated: bool = False, cr3: int | None = None) -> bytes:
     """A libxc stream with these PAGE_DATA records."""
     context = hvm_context([hvm_vcpu(cr3)] * vcpus, emulated=emulated)
