@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 PAGE_SIZE = 4096
@@ -32,9 +32,17 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The flat memory of one image: regions sorted by ``offset``, end to end, without gaps in the file."""
+    """The flat memory of one image: regions sorted by ``offset``, end to end, without gaps in the file.
+
+    There may be thousands of them (CRIU's), and each request to a mount asks: what is asked for is computed once.
+    """
 
     regions: tuple[Region, ...]
+    size: int = field(init=False, compare=False, repr=False)
+    """Bytes of the flat ``memory`` file."""
+    _offsets: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    _by_address: tuple[Region, ...] = field(init=False, compare=False, repr=False)
+    _addresses: tuple[int, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         end = 0
@@ -44,15 +52,14 @@ class Geometry:
             if region.size % PAGE_SIZE or region.guest_address % PAGE_SIZE:
                 raise ValueError(f"region {region.name!r} is not made of whole pages")
             end += region.size
-        spans = sorted((r.guest_address, r.guest_address + r.size, r.name) for r in self.regions)
-        for (_, stop, name), (start, _, other) in pairwise(spans):
-            if start < stop:
-                raise ValueError(f"regions {name!r} and {other!r} overlap in guest-physical memory")
-
-    @property
-    def size(self) -> int:
-        """Bytes of the flat ``memory`` file."""
-        return sum(region.size for region in self.regions)
+        by_address = tuple(sorted(self.regions, key=lambda region: region.guest_address))
+        for before, after in pairwise(by_address):
+            if after.guest_address < before.guest_address + before.size:
+                raise ValueError(f"regions {before.name!r} and {after.name!r} overlap in guest-physical memory")
+        object.__setattr__(self, "size", end)
+        object.__setattr__(self, "_offsets", tuple(region.offset for region in self.regions))
+        object.__setattr__(self, "_by_address", by_address)
+        object.__setattr__(self, "_addresses", tuple(region.guest_address for region in by_address))
 
     @property
     def pages(self) -> int:
@@ -61,15 +68,16 @@ class Geometry:
     def page_of_pfn(self, pfn: int) -> int | None:
         """Page number in ``memory`` of a guest page frame, or None where the guest has no RAM there."""
         address = pfn * PAGE_SIZE
-        for region in self.regions:
-            if region.guest_address <= address < region.guest_address + region.size:
-                return (region.offset + address - region.guest_address) // PAGE_SIZE
-        return None
+        index = bisect_right(self._addresses, address) - 1
+        if index < 0 or address >= self._addresses[index] + self._by_address[index].size:
+            return None
+        region = self._by_address[index]
+        return (region.offset + address - region.guest_address) // PAGE_SIZE
 
     def pfn_of_page(self, page: int) -> int:
         """Guest page frame number of a page of ``memory``; IndexError past its end."""
         offset = page * PAGE_SIZE
-        index = bisect_right([region.offset for region in self.regions], offset) - 1
+        index = bisect_right(self._offsets, offset) - 1
         if index < 0 or offset >= self.regions[index].offset + self.regions[index].size:
             raise IndexError(f"page {page} is beyond the memory's {self.pages} pages")
         region = self.regions[index]
@@ -77,7 +85,7 @@ class Geometry:
 
     def pfn_runs(self) -> Iterator[tuple[int, int]]:
         """``(first pfn, count)`` of each region, by guest-physical address."""
-        for region in sorted(self.regions, key=lambda r: r.guest_address):
+        for region in self._by_address:
             yield region.guest_address // PAGE_SIZE, region.size // PAGE_SIZE
 
 
