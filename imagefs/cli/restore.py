@@ -120,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
     if args.socket and args.door not in (AUTO, PAGER):
         raise UsageError(f"--socket is for the door {PAGER}, not {args.door}")
     if not args.vmm:
+        if args.print_only:
+            raise UsageError("--print prints QEMU's command line: give one")
         from imagefs.restore.pager_door import serve_socket
 
         with signals_as_exceptions():

@@ -176,6 +176,7 @@ def test_auto_where_userfaultfd_is_not_permitted(mountpoint: Path, program: Path
     "words",
     [
         ["--socket", "/s", "--door", "mmap"],
+        ["--socket", "/s", "--print"],
         ["--reattach"],
         ["--reattach", "--pid", "1", "--socket", "/s"],
         ["--reattach", "--pid", "1", "--", "qemu"],
