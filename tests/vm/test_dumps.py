@@ -97,6 +97,16 @@ def test_linux(tmp_path: Path) -> None:
             kinds[name] = Counter()
             for run in capture.essential:
                 kinds[name][run.kind] += run.count
+    with (
+        open_capture(dumps["elf"], spool_dir=tmp_path) as whole,
+        open_capture(dumps["paging"], spool_dir=tmp_path) as mapped,
+    ):
+        assert mapped.geometry.size > 64 << 20
+        for region in mapped.geometry.regions:
+            page = whole.geometry.page_of_pfn(region.guest_address // PAGE_SIZE)
+            assert page is not None
+            data = bytes(mapped.memory.read_at(region.offset, region.size))
+            assert data == whole.memory.read_at(page * PAGE_SIZE, region.size), hex(region.guest_address)
     assert kinds["elf"]["pt"] > 10
     assert kinds["kdump"] == kinds["elf"]
     assert kinds["paging"]["pml4"] == kinds["elf"]["pml4"]
