@@ -15,10 +15,11 @@ QEMU 7.2 (the rest of RAM begins at 4 GiB):
 
 Several blocks are guest memory where NUMA nodes have backends of their own: then RAM is the nodes one after the other,
 split as above. And where memory was plugged in (pc-dimm): from the first GiB boundary behind RAM on (4 GiB at least),
-each module at the next multiple of 2 MiB, unless its ``addr`` was given by hand. Nothing in a stream tells nodes from
-modules, nor their order; so a backend is a module if its name says ``dimm`` or if the machine has a block of its own
-(``pc.ram``), and the order is that of the names, the numbers in them counted as numbers (libvirt: ``ram-node0``, …;
-``memdimm0``, …). Only x-ignore-shared streams carry an address with each block, its place in RAM as a whole.
+each module at the next multiple of 2 MiB, unless its ``addr`` was given by hand. The block table tells nodes from
+modules as little as their order; so a backend is a module if its name says ``dimm`` or if the machine has a block of
+its own (``pc.ram``), unless that contradicts what the firmware was told (qemu_cmos.py); and the order is that of the
+names, the numbers in them counted as numbers (libvirt: ``ram-node0``, …; ``memdimm0``, …). Only x-ignore-shared streams
+carry an address with each block, its place in RAM as a whole.
 """
 
 from __future__ import annotations
@@ -98,15 +99,24 @@ class Layout:
     notes: tuple[str, ...]
 
 
-def memory_layout(machine: str, blocks: Mapping[str, int], places: Mapping[str, int] | None = None) -> Layout:
+def memory_layout(
+    machine: str, blocks: Mapping[str, int], places: Mapping[str, int] | None = None, told: int | None = None
+) -> Layout:
     """Where ``blocks``, names and sizes in bytes in the order of the flat memory, are in guest-physical memory.
 
-    ``places`` are the addresses of an x-ignore-shared stream. Raises ValueError for modules in a machine of which it
-    is not known where they go.
+    ``places`` are the addresses of an x-ignore-shared stream, ``told`` the bytes of RAM that the firmware knows of.
+    Raises ValueError for modules in a machine of which it is not known where they go.
     """
     plugged = _by_number(name for name in blocks if len(blocks) > 1 and _is_module(name, blocks))
     ram = _by_number(name for name in blocks if name not in plugged) or [plugged.pop(0)]
     notes = []
+    if len(blocks) > 1 and told is not None and sum(blocks[name] for name in ram) != told:
+        for some in (list(blocks), *([name] for name in blocks)):
+            if sum(blocks[name] for name in some) == told:
+                ram, plugged = _by_number(some), _by_number(name for name in blocks if name not in some)
+                break
+        else:
+            notes.append(f"the firmware knows of {told:,} bytes of RAM, which these blocks do not make up")
     if len(ram) > 1:
         if places and len({places.get(name, 0) for name in ram}) == len(ram):
             ram.sort(key=lambda name: places.get(name, 0))

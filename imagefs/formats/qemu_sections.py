@@ -27,6 +27,7 @@ from typing import Any
 
 from imagefs.errors import UnsupportedInputError
 from imagefs.formats.base import Workspace
+from imagefs.formats.qemu_cmos import ram_told
 from imagefs.formats.qemu_configuration import (
     CONFIGURATION,
     IGNORE_SHARED,
@@ -184,7 +185,9 @@ class StreamReader:
         sizes = {block.name: block.size for block in memory}
         places = {block.name: block.address for block in memory}
         try:
-            return memory_layout(self._configuration.machine, sizes, places)
+            return memory_layout(
+                self._configuration.machine, sizes, places, ram_told(self._state.spool, self._devices_at)
+            )
         except ValueError as error:
             raise UnsupportedInputError(str(error), field="RAM block table") from error
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from imagefs.errors import UnsupportedInputError
+from imagefs.formats.qemu_cmos import ram_told
 from imagefs.formats.qemu_machine import guest_memory, memory_layout
+from imagefs.image.capture import BytesSource
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -115,6 +117,51 @@ def test_nodes_whose_places_are_known() -> None:
 )
 def test_modules(blocks: dict[str, int], expected: Regions) -> None:
     assert regions_of("pc-i440fx-7.2", blocks) == expected
+
+
+@pytest.mark.parametrize(
+    ("blocks", "told", "ram", "plugged"),
+    [
+        ({"b": GIB, "a": 128 * MIB}, GIB + 128 * MIB, ["a", "b"], []),
+        ({"b": GIB, "a": 128 * MIB}, GIB, ["b"], ["a"]),
+        ({"b": GIB, "a": 128 * MIB}, 128 * MIB, ["a"], ["b"]),
+        ({"dimm0": GIB, "dimm1": GIB}, 2 * GIB, ["dimm0", "dimm1"], []),
+        ({"dimm0": GIB, "dimm1": GIB}, None, ["dimm0"], ["dimm1"]),
+        ({"pc.ram": GIB, "x": GIB}, GIB, ["pc.ram"], ["x"]),
+    ],
+)
+def test_what_the_firmware_was_told_decides(
+    blocks: dict[str, int], told: int | None, ram: list[str], plugged: list[str]
+) -> None:
+    layout = memory_layout("pc-q35-7.2", blocks, told=told)
+    assert (list(layout.ram), list(layout.plugged)) == (ram, plugged)
+
+
+def test_firmware_was_told_something_else() -> None:
+    assert "4,096 bytes" in memory_layout("pc-q35-7.2", {"a": GIB, "b": GIB}, told=4096).notes[0]
+
+
+def cmos_section(below: int, above: int, instance: int = 0) -> bytes:
+    cmos = bytearray(range(128))
+    cmos[0x34:0x36] = below.to_bytes(2, "little")
+    cmos[0x5B:0x5E] = above.to_bytes(3, "little")
+    return b"\4\0\0\0\7\x0bmc146818rtc" + instance.to_bytes(4, "big") + b"\0\0\0\3" + cmos
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        (b"", None),
+        (b"xx" + cmos_section(256, 0), 32 * MIB),
+        (cmos_section(0x7F00, 0x4000), 3 * GIB),
+        (cmos_section(0xBF00, 0x10000), 7 * GIB),
+        (cmos_section(0, 0), None),
+        (cmos_section(256, 0) * 2, None),
+        (cmos_section(256, 0)[:-1], None),
+    ],
+)
+def test_what_the_firmware_was_told(state: bytes, told: int | None) -> None:
+    assert ram_told(BytesSource(b"pc" + state), 2) == told
 
 
 def test_modules_of_another_machine() -> None:

@@ -32,6 +32,19 @@ def check_memory(vm: Machine, capture: Capture) -> None:
             same_memory(found, flat)
 
 
+def test_backend_whose_name_says_nothing(qemu: str, tmp_path: Path) -> None:
+    """It is a module, since the firmware was told of less RAM."""
+    options = ["-object", "memory-backend-ram,id=more,size=128M", "-device", "pc-dimm,id=module,memdev=more"]
+    options += ["-object", "memory-backend-ram,id=some,size=96M", "-machine", "memory-backend=some"]
+    with (
+        firmware(tmp_path / "source", "pc", None, *options, qemu=qemu, memory=96 * MIB) as vm,
+        open_capture(vm.migrate("save"), spool_dir=tmp_path) as capture,
+    ):
+        check_memory(vm, capture)
+        assert capture.restore["ram_blocks"] == {"some": 96 * MIB}
+        assert capture.restore["plugged_blocks"] == {"more": 128 * MIB}
+
+
 @pytest.mark.parametrize("machine", ["pc", "q35"])
 def test_numa_nodes_and_a_module(machine: str, qemu: str, tmp_path: Path) -> None:
     """The second node is the larger one, so it comes first in the stream."""

@@ -21,6 +21,7 @@ from support.vm import VmError
 BENCHMARKS = {
     "split": "splitting throughput and bytes stored, beside zstd",
     "formats": "splitting formats of several files or ranges, beside zstd; memory taken",
+    "streams": "splitting what QEMU and libvirt write, beside zstd; its memory",
     "mount": "round trips and bytes until memory can be read, for 1 TiB",
     "listing": "listing page files",
     "sweep": "the daemon's memory while 4 GiB are swept",
