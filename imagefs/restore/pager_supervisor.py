@@ -65,25 +65,35 @@ class PagerSupervisor:
         """
         worker = self._new_worker()
         try:
-            while True:
+            while worker is not None:
                 before = self._installed()
                 if not self._wait_for(worker):
-                    return Status.VMM_GONE
+                    break
                 outcome = worker.outcome()
                 ended = self._end(outcome)
                 if ended is not None:
                     return ended
                 pauses = self._pauses if isinstance(outcome, int) else self._patience
                 if ends(self._peer, pauses.before_next(self._installed() != before)):
-                    return Status.VMM_GONE
+                    break
                 worker = self._new_worker()
+            return Status.VMM_GONE
         finally:
-            worker.kill()
+            if worker is not None:
+                worker.kill()
 
-    def _new_worker(self) -> PagerWorker:
-        worker = PagerWorker(self._job)
-        log.info("process %d pages the memory of %s", worker.pid, self._peer)
-        return worker
+    def _new_worker(self) -> PagerWorker | None:
+        """None if the VMM has ended before one could be had."""
+        while True:
+            try:
+                worker = PagerWorker(self._job)
+            except OSError as error:
+                log.warning("no pager can be started: %s; trying again, the guest waits", error.strerror)
+                if ends(self._peer, self._patience.before_next(False)):
+                    return None
+                continue
+            log.info("process %d pages the memory of %s", worker.pid, self._peer)
+            return worker
 
     def _wait_for(self, worker: PagerWorker) -> bool:
         """Until it has ended; False if the VMM ended first."""

@@ -56,6 +56,9 @@ class PagerWorker(Worker):
         self._report = ours
         try:
             super().__init__("pager", _reporting(job, its))
+        except OSError:
+            os.close(ours)
+            raise
         finally:
             os.close(its)
 

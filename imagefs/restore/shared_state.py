@@ -71,8 +71,15 @@ class SharedState:
             ) from None
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}") from error
-        os.ftruncate(fd, state_size(pages) + RECORD_SIZE)
-        return cls(fd, path)
+        state = cls(fd, path)
+        try:
+            # Not a hole that cannot be filled later: what a pager notes there must not fail.
+            os.posix_fallocate(fd, 0, state_size(pages) + RECORD_SIZE)
+        except OSError as error:
+            state.forget()
+            state.close()
+            raise UsageError(f"{path}: {error.strerror}") from error
+        return state
 
     @classmethod
     def found_beside(cls, socket: Path) -> SharedState:

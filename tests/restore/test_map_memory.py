@@ -143,6 +143,14 @@ def test_child_does_not_see_zeros(mountpoint: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"{-signal.SIGSEGV} 0\n")
 
 
+def test_without_capabilities(mountpoint: Path) -> None:
+    """Root without any may open /dev/userfaultfd."""
+    program = "import sys; from imagefs.restore import map_memory; print(map_memory(sys.argv[1])[-8:].hex())"
+    command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", program, str(mountpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == ((mountpoint / "memory").read_bytes()[-8:].hex() + "\n", "")
+
+
 def test_no_mount(tmp_path: Path) -> None:
     with pytest.raises(MountError, match="no imagefs is mounted there"):
         map_memory(tmp_path)
