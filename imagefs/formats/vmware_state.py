@@ -1,7 +1,7 @@
-"""The regions of memory in a VMware .vmss or .vmsn file; nothing else of it is read.
+"""Memory, its regions and the control registers in a VMware .vmss or .vmsn file; nothing else of it is read.
 
-VMware does not document the file. These are the facts that forensic tools go by (volatility3,
-``framework/layers/vmware.py``, and the address space of Volatility 2 for the padding); all little-endian:
+VMware does not document the file. These are the facts that forensic tools go by (Volatility 2,
+``plugins/addrspaces/vmware.py``, and volatility3, ``framework/layers/vmware.py``); all little-endian:
 
 | offset | bytes | field       | meaning                                                                   |
 |-------:|------:|-------------|---------------------------------------------------------------------------|
@@ -21,7 +21,9 @@ A group's tags follow each other up to one with flags and name length zero:
 | … | data | a long one: size u64, size in memory u64 (u32 in version 0), u16 bytes of padding, the padding, the data |
 
 The group ``memory`` has ``regionsCount`` and, for each region i, ``regionPPN[i]`` (guest page frame number),
-``regionPageNum[i]`` (page of the .vmem) and ``regionSize[i]`` (pages). A count of zero means that there is no hole.
+``regionPageNum[i]`` (page of the memory) and ``regionSize[i]`` (pages). A count of zero means that there is no hole.
+The memory is in a .vmem, or here: the long data of ``Memory[0][0]``. The group ``cpu`` has ``CR64[n][r]``, u64,
+control register r of vCPU n.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from dataclasses import dataclass
 
 from imagefs.errors import UnsupportedInputError
 from imagefs.image.capture import ByteSource
+from imagefs.image.vcpu import VcpuState
 
 HEADER = struct.Struct("<4s4xI")
 GROUP = struct.Struct("<64sQ8x")
@@ -47,7 +50,7 @@ MAX_REGIONS = 1024
 MAX_PAGES = 1 << 40
 """52 address bits."""
 _LONG = (62, 63)
-_GROUP_NAME = b"memory"
+MAX_VCPUS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +64,28 @@ class StateRegion:
 
 
 @dataclass(frozen=True, slots=True)
+class State:
+    """What a state file says. ``memory`` is where it is in the file itself, offset and bytes, if it is."""
+
+    regions: list[StateRegion]
+    """In the order of their numbers; none where memory has no hole."""
+    memory: tuple[int, int] | None
+    vcpus: tuple[VcpuState, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Tag:
     name: bytes
     indices: tuple[int, ...]
     value: int | None
-    """Of data of 1, 2, 4 or 8 bytes."""
+    """Of data of up to 8 bytes."""
     offset: int
-    """Of the data in the file."""
+    """Of the data in the file; of its size, where it is a long one."""
+    data: tuple[int, int] | None = None
+    """Offset and bytes of a long one."""
+
+
+_Tags = dict[tuple[bytes, tuple[int, ...]], _Tag]
 
 
 def state_version(head: bytes) -> int | None:
@@ -75,12 +93,31 @@ def state_version(head: bytes) -> int | None:
     return MAGICS.get(head[:4])
 
 
-def read_regions(source: ByteSource, version: int) -> list[StateRegion]:
-    """In the order of their numbers; none where memory has no hole. UnsupportedInputError with field and offset."""
-    values: dict[tuple[bytes, tuple[int, ...]], _Tag] = {}
-    for tag in _tags(source, _group(source), version):
-        if tag.name.startswith(b"region"):
-            values[tag.name, tag.indices] = tag
+def read_state(source: ByteSource, version: int) -> State:
+    """UnsupportedInputError with field and offset."""
+    groups = _groups(source)
+    if b"memory" not in groups:
+        raise _error("none of the groups is named 'memory'", "groups", HEADER.size)
+    wanted = (b"region", b"Memory", b"CR64")
+    values = {name: _values(source, groups[name], version, wanted) for name in (b"memory", b"cpu") if name in groups}
+    memory = values[b"memory"].get((b"Memory", (0, 0)))
+    return State(_regions(values[b"memory"]), memory.data if memory else None, _vcpus(values.get(b"cpu", {})))
+
+
+def _values(source: ByteSource, at: int, version: int, wanted: tuple[bytes, ...]) -> _Tags:
+    return {(tag.name, tag.indices): tag for tag in _tags(source, at, version) if tag.name.startswith(wanted)}
+
+
+def _vcpus(values: _Tags) -> tuple[VcpuState, ...]:
+    found: list[VcpuState] = []
+    while len(found) < MAX_VCPUS and (b"CR64", (len(found), 3)) in values:
+        tags = {register: values.get((b"CR64", (len(found), register))) for register in (0, 3, 4)}
+        cr0, cr3, cr4 = (tag.value if tag else None for tag in tags.values())
+        found.append(VcpuState(cr0=cr0, cr3=cr3, cr4=cr4))
+    return tuple(found)
+
+
+def _regions(values: _Tags) -> list[StateRegion]:
     counted = values.get((b"regionsCount", ()))
     if counted is None or not counted.value:
         return []
@@ -89,7 +126,7 @@ def read_regions(source: ByteSource, version: int) -> list[StateRegion]:
     return [_region(values, number, counted.offset) for number in range(counted.value)]
 
 
-def _region(values: dict[tuple[bytes, tuple[int, ...]], _Tag], number: int, offset: int) -> StateRegion:
+def _region(values: _Tags, number: int, offset: int) -> StateRegion:
     found = []
     for name in ("regionPPN", "regionPageNum", "regionSize"):
         tag = values.get((name.encode(), (number,)))
@@ -109,17 +146,17 @@ def _region(values: dict[tuple[bytes, tuple[int, ...]], _Tag], number: int, offs
     return StateRegion(ppn.value, page.value, size.value, size.offset)
 
 
-def _group(source: ByteSource) -> int:
-    """Offset of the tags of the group ``memory``."""
+def _groups(source: ByteSource) -> dict[bytes, int]:
+    """Offset of the tags of each group, by its name."""
     _, count = HEADER.unpack(_take(source, 0, HEADER.size, "header"))
     if count > MAX_GROUPS:
         raise _error(f"{count} are too many", "group count", 8)
+    found: dict[bytes, int] = {}
     for number in range(count):
         at = HEADER.size + number * GROUP.size
         name, tags_at = GROUP.unpack(_take(source, at, GROUP.size, "group"))
-        if name.rstrip(b"\0") == _GROUP_NAME:
-            return int(tags_at)
-    raise _error("none of the groups is named 'memory'", "groups", HEADER.size)
+        found.setdefault(name.rstrip(b"\0"), int(tags_at))
+    return found
 
 
 def _tags(source: ByteSource, at: int, version: int) -> Iterator[_Tag]:
@@ -133,7 +170,7 @@ def _tags(source: ByteSource, at: int, version: int) -> Iterator[_Tag]:
         at += 2 + name_length
         indices = struct.unpack(f"<{count}I", _take(source, at, 4 * count, "tag indices"))
         at += 4 * count
-        value = None
+        value = data = None
         start = at
         if length in _LONG:
             size = int.from_bytes(_take(source, at, size_bytes, "tag size"), "little")
@@ -141,11 +178,15 @@ def _tags(source: ByteSource, at: int, version: int) -> Iterator[_Tag]:
             data_at = at + 2 * size_bytes + 2 + padding
             if size > source.size - data_at:
                 raise _error(f"{size:,} bytes are not in the file, which has {source.size:,}", "tag size", at)
+            in_memory = int.from_bytes(_take(source, at + size_bytes, size_bytes, "tag size"), "little")
+            if name == b"Memory" and in_memory != size:
+                raise _error(f"the memory is compressed, {size:,} bytes for {in_memory:,}", "Memory", at)
+            data = (data_at, size)
             at = data_at + size
         else:
             value = int.from_bytes(_take(source, at, length, "tag data"), "little") if length <= 8 else None
             at += length
-        yield _Tag(name, indices, value, start)
+        yield _Tag(name, indices, value, start, data)
     raise _error(f"more than {MAX_TAGS:,} tags", "tags", at)
 
 

@@ -16,19 +16,30 @@ def tag(name: str, value: int, *indices: int, size: int = 4) -> bytes:
     return head + b"".join(struct.pack("<I", index) for index in indices) + value.to_bytes(size, "little")
 
 
-def long_tag(name: str, data: bytes, version: int, padding: int = 0) -> bytes:
-    size = len(data).to_bytes(4 if version == 0 else 8, "little")
-    return bytes([62, len(name)]) + name.encode() + size * 2 + struct.pack("<H", padding) + bytes(padding) + data
+def long_tag(name: str, data: bytes, version: int, padding: int = 0, *indices: int, in_memory: int = 0) -> bytes:
+    sizes = [size.to_bytes(4 if version == 0 else 8, "little") for size in (len(data), in_memory or len(data))]
+    head = bytes([len(indices) << 6 | 62, len(name)]) + name.encode()
+    head += b"".join(struct.pack("<I", index) for index in indices)
+    return head + b"".join(sizes) + struct.pack("<H", padding) + bytes(padding) + data
 
 
-def vmss(regions: Sequence[tuple[int, int, int]], version: int = 1) -> bytes:
-    """Guest page, page of the memory file and pages of each region."""
-    groups = [b"Checkpoint", b"memory"]
+def vmss(
+    regions: Sequence[tuple[int, int, int]], version: int = 1, inside: bytes = b"", cr3: Sequence[int] = ()
+) -> bytes:
+    """``regions``: guest page, page of the memory file and pages of each. ``inside``: memory in the file itself.
+    ``cr3``: of each vCPU."""
+    groups = [b"cpu", b"memory"]
     at = 12 + 80 * len(groups)
-    other = tag("fileversion", 4) + long_tag("thumbnail", b"png" * 100, version, 7) + b"\0\0"
+    other = tag("fileversion", 4) + long_tag("thumbnail", b"png" * 100, version, 7)
+    for cpu, root in enumerate(cr3):
+        for register, value in ((0, 0x80050033), (3, root), (4, 0x6F0)):
+            other += tag("CR64", value, cpu, register, size=8)
+    other += b"\0\0"
     memory = tag("align_mask", 0xFFFF, size=8) + tag("regionsCount", len(regions))
     for number, (ppn, page, pages) in enumerate(regions):
         memory += tag("regionPPN", ppn, number) + tag("regionPageNum", page, number) + tag("regionSize", pages, number)
+    if inside:
+        memory += long_tag("Memory", inside, version, 5, 0, 0)
     memory += tag("hotSet", 1, 2, 3) + b"\0\0"
     header = bytes.fromhex(MAGICS[version]) + struct.pack("<II", 8, len(groups))
     table = struct.pack("<64sQQ", groups[0], at, len(other)) + struct.pack("<64sQQ", groups[1], at + len(other), 0)
@@ -42,7 +53,15 @@ _TAGS = STATE.index(b"\x04\x0cregionsCount")
 _SIZE = STATE.index(b"regionSize") + len("regionSize") + 4
 
 
+INSIDE = vmss(REGIONS, 2, MEMORY, [0x1000])
+
 SAMPLES = [
+    Sample.of_file(
+        "vmware-one-file",
+        "vmware",
+        INSIDE,
+        (Length("size of the memory", INSIDE.index(b"Memory") + 6 + 8, 8, "little", refused=(0, 1, len(MEMORY) - 1)),),
+    ),
     Sample(
         "vmware",
         "vmware",

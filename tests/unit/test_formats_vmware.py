@@ -9,8 +9,11 @@ import pytest
 
 from imagefs.errors import UnsupportedInputError, UsageError
 from imagefs.formats import open_capture
+from imagefs.image.capture import PageKind
 from imagefs.image.geometry import PAGE_SIZE, Region
 from imagefs.image.native_files import NativeFile
+from imagefs.image.native_reader import NativeReader
+from imagefs.image.vcpu import VcpuState
 from tests.unit.samples_vmware import MEMORY, REGIONS, STATE, long_tag, vmss
 from tests.unit.streams import page_of
 
@@ -61,8 +64,49 @@ def test_memory_alone(tmp_path: Path, tail: int) -> None:
         assert capture.memory.read_at(0, 1 << 20) == MEMORY + (b"x" * tail).ljust(PAGE_SIZE if tail else 0, b"\0")
         assert capture.native_files == ()
         assert "addresses count from zero" in capture.restore["notes"][0]
-    with open_capture(io.BytesIO(MEMORY), spool_dir=tmp_path, format="vmware") as capture:
+    with (
+        pytest.raises(
+            UnsupportedInputError, match=r"magic: .* begins with 02000000, .* nor is its name that of a \.vmem"
+        ),
+        open_capture(io.BytesIO(MEMORY), spool_dir=tmp_path, format="vmware"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("piped", [False, True])
+@pytest.mark.parametrize("version", [0, 3])
+@pytest.mark.parametrize("regions", [[], REGIONS])
+def test_memory_in_the_state_file(
+    tmp_path: Path, piped: bool, version: int, regions: list[tuple[int, int, int]]
+) -> None:
+    data = vmss(regions, version, MEMORY)
+    path = tmp_path / "guest.vmss"
+    path.write_bytes(data)
+    with open_capture(io.BytesIO(data) if piped else path, spool_dir=tmp_path) as capture:
         assert capture.memory.read_at(0, 1 << 20) == MEMORY
+        assert len(capture.geometry.regions) == len(regions) or not regions
+        assert capture.native_files == ()
+        assert NativeReader(capture.native, capture.memory).read_at(0, 1 << 20) == data
+        assert capture.native.literals.size == len(data) - len(MEMORY)
+        assert capture.state.size == 0
+
+
+def test_compressed_memory(tmp_path: Path) -> None:
+    data = vmss(REGIONS)[:-2] + long_tag("Memory", b"x" * 100, 1, 0, 0, 0, in_memory=len(MEMORY)) + b"\0\0"
+    with (
+        pytest.raises(UnsupportedInputError, match="Memory: the memory is compressed, 100 bytes for 12,288"),
+        open_capture(io.BytesIO(data), spool_dir=tmp_path),
+    ):
+        pass
+
+
+def test_vcpus(tmp_path: Path) -> None:
+    """Their page tables are found: here a root without entries."""
+    state, _ = write(tmp_path, vmss(REGIONS, cr3=[0x1000, 0x1000]))
+    with open_capture(state, spool_dir=tmp_path) as capture:
+        assert capture.vcpus == (VcpuState(cr0=0x80050033, cr3=0x1000, cr4=0x6F0),) * 2
+        assert capture.essential == (PageKind(1, 1, "pml4"),)
+        assert [vcpu.levels for vcpu in capture.vcpus] == [4, 4]
 
 
 def test_no_regions(tmp_path: Path) -> None:
