@@ -47,6 +47,15 @@ def mapping_qemu(request: Request, *, is_paged: bool = False) -> MappingQemu:
     return MappingQemu(program, command.arguments, _environment(image.memory, os.environ))
 
 
+def mapping_obstacle(request: Request) -> str | None:
+    """Why QEMU cannot have the image's memory for itself; None if it can."""
+    if not os.access(request.image.memory, os.R_OK):
+        return f"{request.image.memory} cannot be read by this user"
+    if any("vhost-user" in word for word in request.command):
+        return "a vhost-user device needs memory that QEMU shares with another process"
+    return None
+
+
 def shim_obstacle() -> str | None:
     """Why the shim cannot be loaded into a VMM; None if it can."""
     shim = str(preload_path())

@@ -11,7 +11,7 @@ import signal
 
 from imagefs.errors import RestoreError
 from imagefs.restore.door import Request
-from imagefs.restore.mapping_qemu import mapping_qemu
+from imagefs.restore.mapping_qemu import mapping_obstacle, mapping_qemu
 
 
 class MmapDoor:
@@ -19,9 +19,7 @@ class MmapDoor:
     summary = "QEMU maps the file 'memory' of the mount"
 
     def obstacle(self, request: Request) -> str | None:
-        if not os.access(request.image.memory, os.R_OK):
-            return f"{request.image.memory} cannot be read by this user"
-        return None
+        return mapping_obstacle(request)
 
     def run(self, request: Request) -> int:
         """Does not return but for ``print_only``: QEMU takes this process over, so its exit status is its own."""

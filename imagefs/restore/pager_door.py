@@ -12,7 +12,6 @@ which maps the mount's ``memory``, by a preloaded shim that puts anonymous memor
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from imagefs.pager import Status
 from imagefs.restore.child import Vmm, private_directory, started
 from imagefs.restore.door import Request
 from imagefs.restore.handshake import Handover, Listener
-from imagefs.restore.mapping_qemu import MappingQemu, mapping_qemu, shim_obstacle
+from imagefs.restore.mapping_qemu import MappingQemu, mapping_obstacle, mapping_qemu, shim_obstacle
 from imagefs.restore.mountpoint import MountedImage, RestoreImage
 from imagefs.restore.pager_sources import page_count
 from imagefs.restore.pager_supervisor import PagerSupervisor
@@ -42,9 +41,7 @@ class PagerDoor:
     summary = "a process of imagefs brings the pages of QEMU's memory, and can be killed without harm"
 
     def obstacle(self, request: Request) -> str | None:
-        if not os.access(request.image.memory, os.R_OK):
-            return f"{request.image.memory} cannot be read by this user"
-        return userfaultfd_obstacle() or shim_obstacle()
+        return mapping_obstacle(request) or userfaultfd_obstacle() or shim_obstacle()
 
     def run(self, request: Request) -> int:
         """QEMU's exit status, negative for a signal's."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from imagefs.cli import restore as cli
-from imagefs.errors import UsageError
+from imagefs.errors import RestoreError, UsageError
 from imagefs.native import preload_path
 from imagefs.restore.door import Request
 from imagefs.restore.doors import choose_door, door_names
@@ -141,6 +141,14 @@ def test_auto_says_why(mountpoint: Path, program: Path, caplog: pytest.LogCaptur
         "door pager: a process of imagefs brings the pages of QEMU's memory, and can be killed without harm",
         "it is tried before mmap, postcopy, which --door takes by name",
     ]
+
+
+def test_memory_that_is_shared(mountpoint: Path, program: Path) -> None:
+    command = [str(program), "-device", "vhost-user-blk-pci,chardev=c"]
+    request = Request(RestoreImage(mountpoint, "pc", "ram", 4096, 1), command)
+    assert choose_door("auto", request) is choose_door("postcopy", request)
+    with pytest.raises(RestoreError, match="door pager: a vhost-user device"):
+        choose_door("pager", request)
 
 
 def without_userfaultfd(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
