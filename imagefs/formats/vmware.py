@@ -33,7 +33,7 @@ class Vmware:
     def matches(self, source: Input) -> bool:
         if state_version(source.head) is not None:
             return True
-        # Only what no other format claims: a .vmem begins with whatever is at the guest's address zero.
+        # It begins with whatever is at the guest's address zero: its name is all that there is.
         return source.path is not None and source.directory is None and source.path.suffix == MEMORY_SUFFIX
 
     def read(self, source: Input, workspace: Workspace, memory_files: Sequence[Path]) -> Capture:

@@ -176,6 +176,19 @@ def test_many_runs(tmp_path: Path) -> None:
         assert native(capture) == content
 
 
+def test_too_many_runs(tmp_path: Path) -> None:
+    count = criu.MAX_RUNS + 1
+    data = pagemap(1, [Entry(HEAP + 2 * n * PAGE_SIZE, 1) for n in range(count)])
+    source = write(tmp_path / "dump", {"pagemap-1.img": data})
+    with open(source / "pages-1.img", "wb") as file:
+        file.truncate(count * PAGE_SIZE)
+    with (
+        pytest.raises(UnsupportedInputError, match=r"pagemap-1\.img: more than 150,000 runs of pages"),
+        open_capture(source, spool_dir=tmp_path),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
