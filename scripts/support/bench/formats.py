@@ -1,4 +1,4 @@
-"""Splitting images of several files or ranges, beside zstd on the same memory; and the memory that it takes."""
+"""Splitting images of several files, ranges or records, beside zstd on the same memory; and what memory it takes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ RUNS = 2
 PAGE = 4096
 DIFF_SHARE = 0.1
 """Of the pages, in a diff snapshot."""
+XEN_BATCH = 1024
+"""Pages of a record, as libxc has it."""
 CRIU_GAP = 3
 """Pages in a row in a process, on the average, before one is missing: some 60 000 runs."""
 
@@ -35,6 +37,8 @@ def run(work: Path) -> Iterator[Figure]:
         "firecracker with a diff": _firecracker(work, memory),
         "cloud-hypervisor": _cloud_hypervisor(work, memory),
         "criu": _criu(work, memory),
+        "xen, a live-migrated PVH guest": _xen(work, memory),
+        "elf-core": _elf_core(work, memory),
     }
     seconds = dict.fromkeys(sources, float("inf"))
     peak = dict.fromkeys(sources, 0)
@@ -118,3 +122,36 @@ def _criu(work: Path, memory: Path) -> Source:
     body = b"".join(struct.pack("<I", len(each)) + each for each in encoded)
     (directory / "pagemap-17.img").write_bytes(struct.pack("<II", COMMON_MAGIC, PAGEMAP_MAGIC) + body)
     return [str(directory)], None
+
+
+def _xen(work: Path, memory: Path) -> Source:
+    """A tenth of the pages is sent twice, and most of the first 4 GiB is not there."""
+    rng = random.Random(4)
+    path = work / "xen.save"
+    again = sorted(rng.sample(range(SIZE // PAGE), int(DIFF_SHARE * SIZE / PAGE)))
+    with open(path, "wb") as file, open(memory, "rb") as ram:
+        file.write(struct.pack(">8s4sIHHI", b"\xff" * 8, b"XENF", 3, 0, 0, 0) + struct.pack("<IHHII", 2, 12, 0, 4, 17))
+        file.write(struct.pack("<II", 0x10, 0))
+        for pages in (range(SIZE // PAGE), again):
+            for first in range(0, len(pages), XEN_BATCH):
+                batch = pages[first : first + XEN_BATCH]
+                file.write(struct.pack(f"<IIII{len(batch)}Q", 1, 8 + len(batch) * (8 + PAGE), len(batch), 0, *batch))
+                file.writelines(os.pread(ram.fileno(), PAGE, page * PAGE) for page in batch)
+        for first in range(SIZE // PAGE, 0xFF000, XEN_BATCH):
+            absent = (0xF << 60 | pfn for pfn in range(first, first + XEN_BATCH))
+            file.write(struct.pack(f"<IIII{XEN_BATCH}Q", 1, 8 + XEN_BATCH * 8, XEN_BATCH, 0, *absent))
+        context = struct.pack("<HHI", 2, 0, 1032) + bytes(1032) + bytes(8)
+        file.write(struct.pack("<II", 9, len(context)) + context + bytes(8))
+    return [str(path)], None
+
+
+def _elf_core(work: Path, memory: Path) -> Source:
+    path = work / "vm.core"
+    header = struct.pack("<4sBBB9x", b"\x7fELF", 2, 1, 1) + struct.pack(
+        "<HHIQQQIHHHHHH", 4, 62, 1, 0, 64, 0, 0, 64, 56, 1, 0, 0, 0
+    )
+    header += struct.pack("<IIQQQQQQ", 1, 0, 120, 0, 0, SIZE, SIZE, 0)
+    with open(path, "wb") as file, open(memory, "rb") as ram:
+        file.write(header)
+        shutil.copyfileobj(ram, file)
+    return [str(path)], None
