@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.mounts import mounted
 from support.qemu_versions import backports_qemu, qemu_programs
 
 from imagefs.formats import open_capture
@@ -87,7 +88,7 @@ def test_xbzrle(qemu: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("multifd", [False, True])
-def test_mapped_ram(multifd: bool, tmp_path: Path) -> None:
+def test_mapped_ram(multifd: bool, imagefs: list[str], tmp_path: Path) -> None:
     qemu = str(backports_qemu())
     with firmware(tmp_path / "source", "q35", None, qemu=qemu) as vm:
         path = vm.migrate("save", "file:", mapped_ram=True, multifd=multifd)
@@ -104,6 +105,12 @@ def test_mapped_ram(multifd: bool, tmp_path: Path) -> None:
             with open_capture(cat.stdout, spool_dir=tmp_path) as piped:
                 assert content(piped.memory) == content(capture.memory)
                 assert content(piped.state) == content(capture.state)
+    command = [*imagefs, "split", "-q", str(path), str(tmp_path / "store" / "vm")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    with mounted(f"{tmp_path}/store/vm", tmp_path / "mnt", "nocache"):
+        subprocess.run(["cmp", str(path), str(tmp_path / "mnt" / "native")], check=True)
+        same_memory(flat, (tmp_path / "mnt" / "memory").read_bytes())
 
 
 def sections_before_devices(capture: Capture) -> int:
