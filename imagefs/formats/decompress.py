@@ -27,8 +27,9 @@ _PIECE_SIZE = 256 << 10
 _OUTPUT_SIZE = 1 << 20
 _XZ_MEMORY = 96 << 20
 """Bytes; ``xz -9`` needs 65 MiB."""
-_ZSTD_WINDOW = 32 << 20
-"""Bytes; ``zstd -19`` has 8 MiB."""
+_ZSTD_WINDOW = 128 << 20
+"""Bytes, as many as the program takes unasked; ``zstd -19`` has 8 MiB. Half of what splitting may take, so it is freed
+before anything is written."""
 _ZSTD_PIECE = 2 << 10
 
 KINDS = ("gzip", "bzip2", "xz", "lzop", "zstd")
@@ -110,6 +111,7 @@ class _Zstd:
     def __init__(self) -> None:
         self._frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
         self._data = b""
+        self._fed = 0  # bytes of it
         self._out = b""
 
     @property
@@ -118,16 +120,18 @@ class _Zstd:
 
     @property
     def needs_input(self) -> bool:
-        return not self._data and not self._out
+        return self._fed == len(self._data) and not self._out
 
     @property
     def unused_data(self) -> bytes:
-        return self._frame.unused_data + self._data
+        return self._frame.unused_data + self._data[self._fed :]
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        self._data += data
-        while self._data and not self._out and not self._frame.eof:
-            piece, self._data = self._data[:_ZSTD_PIECE], self._data[_ZSTD_PIECE:]
+        if data:
+            self._data, self._fed = self._data[self._fed :] + data, 0
+        while not self._out and self._fed < len(self._data) and not self._frame.eof:
+            piece = self._data[self._fed : self._fed + _ZSTD_PIECE]
+            self._fed += len(piece)
             self._out = self._frame.decompress(piece)
         out, self._out = self._out[:max_length], self._out[max_length:]
         return out
@@ -170,6 +174,10 @@ class _Members(Decompressed):
             if out:
                 buffer[: len(out)] = out
                 return len(out)
+
+    def close(self) -> None:
+        """Free its window."""
+        self._member = _DECOMPRESSORS[self._kind]()
 
     def _more(self) -> bytes:
         return bytes(self._piece[: self._source(self._piece)])

@@ -150,6 +150,8 @@ def _read_compressed(cursor: StreamCursor, kind: str, workspace: Workspace, memo
         raise UnsupportedInputError(
             f"{error.reason} (in the decompressed stream)", field=error.field, offset=error.offset
         ) from error
+    finally:
+        stream.close()
 
 
 def _ignore(data: bytes | memoryview) -> None:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from imagefs.errors import UnsupportedInputError, UsageError
 from imagefs.formats import open_capture
@@ -42,6 +43,19 @@ def test_several_members(kind: str) -> None:
     with captured(data) as capture:
         assert content(capture.memory) == STREAM.memory
         assert content(NativeReader(capture.native, capture.memory)) == data
+
+
+def test_windows_of_zstd(tmp_path: Path) -> None:
+    """As large as the program takes without being asked; larger ones would not fit into what a split may use."""
+
+    def packed(window_log: int) -> bytes:
+        parameters = zstandard.ZstdCompressionParameters(window_log=window_log)
+        writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        return header("zstd") + writer.compress(STREAM.data) + writer.flush()
+
+    with captured(packed(27)) as capture:
+        assert content(capture.memory) == STREAM.memory
+    assert refusal(packed(28), tmp_path).field == "compressed stream"
 
 
 def test_other_byte_order_and_no_cookie() -> None:
