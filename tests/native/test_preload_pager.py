@@ -51,7 +51,9 @@ class Ended:
 
 
 @contextmanager
-def started(program: str, memory: Path, socket: Path, fds: Sequence[int] = ()) -> Iterator[subprocess.Popen[str]]:
+def started(
+    program: str, memory: Path, socket: Path, fds: Sequence[int] = (), prefix: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[str]]:
     env = os.environ | {
         "LD_PRELOAD": str(native.preload_path()),
         "IMAGEFS_MEMORY": str(memory),
@@ -59,7 +61,7 @@ def started(program: str, memory: Path, socket: Path, fds: Sequence[int] = ()) -
     }
     if fds:
         env["IMAGEFS_PAGER_STATE"] = str(fds[0])
-    command = [sys.executable, "-W", "error", "-c", PROGRAM + program, str(memory), "/dev/null"]
+    command = [*prefix, sys.executable, "-W", "error", "-c", PROGRAM + program, str(memory), "/dev/null"]
     with subprocess.Popen(
         command, env=env, pass_fds=fds, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -163,3 +165,18 @@ print(json.dumps(call("mmap", 0, SIZE, protection, {how}, fd, 0)))
         out, err = process.communicate(timeout=60)
     assert (process.returncode, json.loads(out)) == (0, [2**64 - 1, error])
     assert err == f"imagefs: guest memory cannot be handed to the pager: {message.format(memory=memory)}\n"
+
+
+def test_userfaultfd_is_not_permitted(memory: Path, tmp_path: Path) -> None:
+    """Root that may do nothing, and a device that is another's."""
+    (tmp_path / "device").touch(0o000)
+    os.chown(tmp_path / "device", 65534, 65534)
+    script = f'mount --bind {tmp_path}/device /dev/userfaultfd; exec setpriv --bounding-set=-all --inh-caps=-all "$@"'
+    program = """
+print(json.dumps(call("mmap", 0, SIZE, protection, mmap.MAP_PRIVATE, fd, 0)))
+"""
+    prefix = ["unshare", "-m", "sh", "-ec", script, "sh"]
+    with started(program, memory, tmp_path / "socket", prefix=prefix) as process:
+        out, err = process.communicate(timeout=60)
+    assert json.loads(out) == [2**64 - 1, "EPERM"]
+    assert all(name in err for name in ("vm.unprivileged_userfaultfd=1", "CAP_SYS_PTRACE", "/dev/userfaultfd"))

@@ -18,7 +18,7 @@ from imagefs.restore.shared_state import SharedState
 from tests.restore.vmms import Command, Program, is_alive, kill, listening, wait_until
 
 PAGES = 16384
-MBIT, RTT_MS = 6.0, 5.0
+MBIT, RTT_MS = 4.0, 5.0
 KILLS = 60
 OF_THE_SUPERVISOR = 6
 
@@ -62,7 +62,7 @@ def test_kills(vmm: Program, slow_mount: tuple[Path, Link], tmp_path: Path, rng:
                 worker = command.worker(*killed)
                 if rng.random() < 0.7:
                     # At work; the others as they begin.
-                    wait_until(partial(has_served, socket, served(socket) + rng.randrange(20)))
+                    wait_until(partial(has_served, socket, served(socket) + rng.randrange(6)))
                 if len(killed) % (KILLS // OF_THE_SUPERVISOR) == 5:
                     # Everyone, or all but the pager.
                     kill(command.process.pid)
