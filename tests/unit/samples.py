@@ -60,7 +60,7 @@ class Sample:
     lengths: tuple[Length, ...] = ()
     may_end: Callable[[str, int], bool] = field(default=_never)
     """Whether a file may end after so many bytes: the image is another one then, and nothing is wrong with it."""
-    tries: int = 1000
+    tries: int = 250
     """Places tried in a file at most: few where reading it starts other programs."""
     sparse: frozenset[str] = frozenset()
     """Files whose pages of zeros are holes."""
@@ -73,7 +73,7 @@ class Sample:
         data: bytes,
         lengths: tuple[Length, ...] = (),
         may_end: Callable[[str, int], bool] = _never,
-        tries: int = 1000,
+        tries: int = 250,
     ) -> Sample:
         return cls(name, format, {"image": data}, "image", (), lengths, may_end, tries)
 
