@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -13,8 +14,10 @@ import pytest
 
 from imagefs.cli import main
 from imagefs.errors import UnsupportedInputError
-from imagefs.image.geometry import PAGE_SIZE
+from imagefs.image.capture import PageKind
+from imagefs.image.geometry import PAGE_SIZE, Geometry, Region
 from imagefs.image.native_files import NativeFile
+from imagefs.image.vcpu import VcpuState
 from imagefs.store.directory import DirectoryStore
 from imagefs.store.writer import write_image
 from tests.unit.captures import capture_of, memory_of
@@ -91,6 +94,29 @@ def test_ls_pages_says_which_are_zero(image: str, capsys: pytest.CaptureFixture[
     assert seen == {
         page: "data" if any(MEMORY[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]) else "zero" for page in range(300)
     }
+
+
+def test_ls_kind_lists_frames_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By guest frame, also behind a hole; a run of pages across it is two runs of frames."""
+    geometry = Geometry((Region("low", 0, 40 * PAGE_SIZE, 0), Region("high", 4 << 30, 260 * PAGE_SIZE, 40 * PAGE_SIZE)))
+    kinds = (PageKind(3, 2, "pt"), PageKind(38, 4, "pt"), PageKind(50, 1, "pml4"), PageKind(100, 9, "ktext"))
+    capture = capture_of(MEMORY, geometry=geometry, essential=kinds, vcpus=(VcpuState(cr3=0x1000), VcpuState()))
+    write_image(DirectoryStore(tmp_path / "s", create=True), "vm", capture)
+    listed = {}
+    for kind in ("pml5", "pml4", "pt", "ktext"):
+        assert main(["ls", "--kind", kind, str(tmp_path / "s" / "vm")]) == 0
+        listed[kind] = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert listed == {
+        "pml5": [],
+        "pml4": [["0x010000a", "1", "pml4"]],
+        "pt": [["0x0000003", "2", "pt"], ["0x0000026", "2", "pt"], ["0x0100000", "2", "pt"]],
+        "ktext": [["0x010003c", "9", "ktext"]],
+    }
+    assert main(["info", str(tmp_path / "s" / "vm")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"vCPUs: +2\n", said)
+    assert re.search(r"page tables: +7 frames\n", said)
+    assert re.search(r"kernel text: +36.0 KiB\n", said)
 
 
 def test_verify_names_the_damage(image: str, capsys: pytest.CaptureFixture[str]) -> None:
