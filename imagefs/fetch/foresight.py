@@ -30,9 +30,10 @@ AHEAD = 64
 """Windows of a local recording that are queued at a time."""
 GROUP = 32
 """Of these so many are sorted by number, so that requests for neighbours join."""
-START_SECONDS = 5.0
-"""After the mount of an image with a working set: who has recorded one starts a guest now, and nothing is swept until
-that touches something. Pulled out of the air."""
+START_SECONDS = 10.0
+"""After the mount of an image with a working set: who has recorded one starts a guest now. Until then nothing is swept,
+nor fetched for lying beside a touch: what a guest wants is known, and what is missing in the set is seen page by page,
+and is in the next. Pulled out of the air."""
 FIRST_SAVE = 15.0
 """Seconds until a recording is kept for the first time; doubled each time. At the end of the mount it is kept, too."""
 
@@ -56,12 +57,15 @@ class Foresight:
         self._trace = trace
         self._begun = trio.current_time()
         self._local = self._load()
+        self._missing = [page for page in self._local.pages if not sink.has(page, 1)]
         self._saved = 0
 
     @property
-    def streaming(self) -> bool:
-        """Whether pages that are known to be wanted fill the link just now."""
-        return self.published is not None and self.published.progress.state == "streaming"
+    def knows(self) -> bool:
+        """Whether a recording says what a guest, which is starting now, will want."""
+        if trio.current_time() > self._begun + START_SECONDS:
+            return False
+        return bool(self._missing) or (self.published is not None and self.published.progress.pages > 0)
 
     def statistics(self) -> dict[str, Any]:
         published = {"state": "none"} if self.published is None else self.published.statistics()
@@ -72,13 +76,13 @@ class Foresight:
         if self.published is not None:
             await self.published.land(self._image, self._sink, target)
         await self._fetch_local(target, scheduler)
-        if len(self._local) or (self.published is not None and self.published.progress.pages):
+        if self.knows:
             await trio.sleep_until(self._begun + START_SECONDS)
 
     async def _fetch_local(self, target: ForesightTarget, scheduler: Scheduler) -> None:
         chunk_pages = self._image.manifest.chunk_pages
-        missing = dict.fromkeys(page // chunk_pages for page in self._local.pages if not self._sink.has(page, 1))
-        windows = list(missing)
+        missing = (page for page in self._missing if not self._sink.has(page, 1))
+        windows = list(dict.fromkeys(page // chunk_pages for page in missing))
         for at in range(0, len(windows), GROUP):
             for window in sorted(windows[at : at + GROUP]):
                 await scheduler.wait_for_slack(Priority.WORKING_SET, AHEAD)

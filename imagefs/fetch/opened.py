@@ -244,8 +244,8 @@ class OpenedImage:
         if trace:
             first = offset // PAGE_SIZE
             self.trace.touch(first, (offset + length - 1) // PAGE_SIZE - first + 1)
-        # What is recorded is a better guess than what lies beside.
-        if self._options.prefetch == "all" and not self.foresight.streaming:
+        # What is recorded is a better guess than what lies beside, unless this is a tool's readahead.
+        if self._options.prefetch == "all" and (length > self._window_size or not self.foresight.knows):
             for number in self._neighbourhood.touched(numbers[0], numbers[-1], missed=missed):
                 self._want_if_known(number)
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from blake3 import blake3
-
 from imagefs import native
 from imagefs.errors import CorruptObjectError
-from imagefs.image.chunks import DIGEST_SIZE, Codec, content_digest
+from imagefs.image.chunks import DIGEST_SIZE, Codec, content_digest, digest, page_digests
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.index import (
     FANOUT,
@@ -131,18 +129,19 @@ def _digest(window: SetWindow, pages: int, content: memoryview) -> bytes:
     """The digest of the chunk with these pages, some from the content and some by their digests."""
     if not window.siblings:
         return content_digest(content)
+    carried, siblings = page_digests(content), window.siblings
     digests = []
     at = sibling = 0
     while pages:
         lowest = pages & -pages
         if window.carried & lowest:
-            digests.append(blake3(content[at : at + PAGE_SIZE]).digest())
-            at += PAGE_SIZE
+            digests.append(carried[at : at + DIGEST_SIZE])
+            at += DIGEST_SIZE
         else:
-            digests.append(window.siblings[sibling : sibling + DIGEST_SIZE])
+            digests.append(siblings[sibling : sibling + DIGEST_SIZE])
             sibling += DIGEST_SIZE
         pages ^= lowest
-    return blake3(b"".join(digests)).digest()
+    return digest(b"".join(digests))
 
 
 def bit_runs(bits: int) -> Iterator[tuple[int, int]]:

@@ -29,6 +29,7 @@ from imagefs.store.writer import write_image
 from tests.fuzz.target import Target
 from tests.unit.captures import capture_of, memory_of
 from tests.unit.tables import PRESENT, USER, Mapper, Ram, paging
+from tests.unit.working_sets import SetImage
 
 PAGES = 24
 """Of the memory whose tables are walked; in two regions with a hole."""
@@ -53,6 +54,10 @@ def targets() -> Iterator[Target]:
     )
     yield Target("index-block", _index_block, [objects["block"]])
     yield Target("native-template", _native, [objects["native"]])
+    with tempfile.TemporaryDirectory() as directory:
+        made = SetImage.make(Path(directory) / "s", 60, 1, chunk_pages=8, parts=False)
+        working_set = made.publish([50, 3, 4, 17, 51])
+    yield Target("working-set", partial(_working_set, made), [working_set])
 
 
 def _parsed(parse: object, data: bytes) -> None:
@@ -132,6 +137,12 @@ def _index_block(data: bytes) -> None:
         for slot in block.occupied():
             block.child(slot) if block.level else block.chunk(slot)
         list(block.gaps())
+
+
+def _working_set(made: SetImage, data: bytes) -> None:
+    """Whatever is taken for a page is a page of the memory."""
+    with suppress(CorruptObjectError):
+        made.check(made.read(data, piece=1000))
 
 
 def _native(data: bytes) -> None:

@@ -216,6 +216,19 @@ async def test_a_full_disk_ends_it(setup: Setup) -> None:
         assert await opened.read("memory", 650 * PAGE_SIZE, PAGE_SIZE) == setup.made.page(650)
 
 
+async def test_nothing_is_guessed_beside_a_set(setup: Setup) -> None:
+    page = next(page for page in range(400, 416) if not setup.made.is_zero(page))
+    async with setup.open(FetchOptions()) as opened:
+        assert await settled(opened) == "complete"
+        await opened.read("memory", page * PAGE_SIZE, 1)
+        await opened.scheduler.wait_until_idle()
+        assert opened.scheduler.counters.chunks == 1
+        # Who reads more than a window at a time is no guest.
+        await opened.read("memory", 450 * PAGE_SIZE, 2 * WINDOW)
+        await opened.scheduler.wait_until_idle()
+        assert opened.scheduler.counters.chunks > 4
+
+
 async def test_a_full_cache_needs_no_set(setup: Setup) -> None:
     async with setup.open(FetchOptions(prefetch="none")) as opened:
         await opened.read("memory", 0, len(setup.made.memory))

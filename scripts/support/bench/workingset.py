@@ -1,9 +1,9 @@
 """A guest that is resumed over a link with a recorded working set, beside what the link and the host need at least; and
 how fast a set is verified and landed.
 
-The set is recorded by one resume over the same link, from an empty cache, until the guest answers. The yardstick for
-the time is the set's bytes at the link's bandwidth, three round trips, and the same guest's answer from a full local
-cache by the same door; that for the bytes is the set and the metadata, which every mount fetches.
+The set is recorded by one resume over the same link with prefetch=none, from an empty cache, until the guest answers.
+The yardstick for the time is the set's bytes at the link's bandwidth, three round trips, and the same guest's answer
+from a full local cache by the same door; that for the bytes is the set and the metadata, which every mount fetches.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class Bench:
             self._caches += 1
             cache = self.work / f"cache{self._caches}"
         begun, before = time.monotonic(), link.counters().bytes_down if link else 0
-        with mounted(url, self.work / "mnt", f"cache={cache}") as mountpoint:
+        options = f"cache={cache},prefetch={'none' if then == 'save' else 'all'}"
+        with mounted(url, self.work / "mnt", options) as mountpoint:
             prefix = ["imagefs", "restore", str(mountpoint), "--door", door, "--"]
             with Vm(self.guest, memory_mib=MEMORY_MIB, prefix=prefix) as vm:
                 vm.go_on(PATIENCE)
