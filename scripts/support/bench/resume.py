@@ -63,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ways", metavar="WAY,…", help=f"only in these ways: {', '.join(WAYS)}")
     group.add_argument("--quick", action="store_true", help="a small guest with a small data set, 1000 GETs at most")
     group.add_argument(
-        "--limit", type=float, default=60.0, metavar="SECONDS", help="of each measurement (default: %(default)g)"
+        "--limit", type=float, default=45.0, metavar="SECONDS", help="of each measurement (default: %(default)g)"
     )
     group.add_argument(
         "--figures",
