@@ -92,8 +92,14 @@ class Input:
 
     @classmethod
     def of_path(cls, path: Path, stack: ExitStack) -> Input:
-        """Raises UsageError where the file cannot be opened."""
-        if path.is_dir():
+        """Raises UsageError where the file or directory cannot be opened."""
+        try:
+            is_directory = path.is_dir()
+            if is_directory:
+                os.scandir(path).close()
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}") from error
+        if is_directory:
             return cls(io.BytesIO(), str(path), regular=False, directory=path, path=path)
         try:
             stream = stack.enter_context(io.FileIO(path))

@@ -27,6 +27,7 @@ the directory again, for ``--restore source_url=file://MOUNT/native``.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ class CloudHypervisor:
 
     def matches(self, source: Input) -> bool:
         directory = source.directory
-        return directory is not None and all((directory / name).is_file() for name in (CONFIG, STATE, MEMORY))
+        return directory is not None and all(os.path.isfile(directory / name) for name in (CONFIG, STATE, MEMORY))
 
     def read(self, source: Input, workspace: Workspace, memory_files: Sequence[Path]) -> Capture:
         if memory_files:

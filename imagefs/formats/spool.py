@@ -50,6 +50,15 @@ def _next_data(fd: int, offset: int, size: int) -> int:
         raise
 
 
+def _next_hole(fd: int, offset: int, size: int) -> int:
+    try:
+        return min(os.lseek(fd, offset, os.SEEK_HOLE), size)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENXIO):  # no holes are known, or the file has shrunk: reading will tell
+            return size
+        raise
+
+
 def _pread(fd: int, offset: int, length: int) -> bytes:
     """``length`` bytes, or as many as there are: one pread returns at most 2 GiB, and may return less."""
     data = os.pread(fd, length, offset)
@@ -243,7 +252,7 @@ class FileSource:
         """Start and end of everything in the file that is no hole, in order; all of it where holes are not known."""
         at = self.next_data(0)
         while at < self._size:
-            end = min(os.lseek(self._fd, at, os.SEEK_HOLE), self._size)
+            end = _next_hole(self._fd, at, self._size)
             yield at, end
             at = self.next_data(end)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 import threading
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -151,6 +152,24 @@ def test_names(tmp_path: Path) -> None:
 def test_source_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="absent: No such file"), open_capture(tmp_path / "absent", spool_dir=tmp_path):
         pass
+
+
+@pytest.mark.parametrize("name", ["closed", "closed/inside"])
+def test_what_may_not_be_opened(name: str) -> None:
+    """By somebody else than root, whom modes do not stop."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        (Path(directory) / "closed").mkdir(mode=0)
+        user = os.geteuid()
+        os.seteuid(65534)
+        try:
+            with (
+                pytest.raises(UsageError, match=f"{name}: Permission denied"),
+                open_capture(Path(directory) / name, spool_dir=Path(directory)),
+            ):
+                pass
+        finally:
+            os.seteuid(user)
 
 
 def test_a_directory_of_no_known_format(tmp_path: Path) -> None:
