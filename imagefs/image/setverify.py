@@ -54,6 +54,7 @@ class SetVerifier:
         self._codec = codec
         self._key, self._origin = key, origin
         self._blocks: dict[bytes, IndexBlock] = {}
+        self._leaves: dict[int, IndexBlock | None] = {}
         self._windows = memory.windows(chunk_pages)
 
     def block(self, record: SetBlock) -> tuple[BlockRef, IndexBlock]:
@@ -93,7 +94,7 @@ class SetVerifier:
         if _digest(window, chunk.pages, content) != chunk.digest:
             raise self._bad(f"window {window.window}: digest is not {chunk.digest.hex()}")
         first = window.window * self._chunk_pages
-        if window.carried == chunk.pages:
+        if window.carried == chunk.pages and window.pages < self._chunk_pages:
             bits = chunk.pages.to_bytes(self._chunk_pages // 8, "little")
             yield PageRun(first, native.expand(content, bits, self._chunk_pages))
             return
@@ -105,7 +106,10 @@ class SetVerifier:
     def _chunk(self, window: int) -> ChunkRef:
         if window >= self._windows:
             raise self._bad(f"window {window}: beyond the memory")
-        leaf = find_leaf(self._memory, window, self._block)
+        number = window // FANOUT
+        if number not in self._leaves:
+            self._leaves[number] = find_leaf(self._memory, window, self._block)
+        leaf = self._leaves[number]
         chunk = None if leaf is None else leaf.chunk(window % FANOUT)
         if chunk is None or chunk.pages >> self._chunk_pages:
             raise self._bad(f"window {window}: all zero by the index")
