@@ -46,7 +46,7 @@ class Record:
 
 
 class SharedState:
-    """An open state; a context manager that closes it, and removes its file if :meth:`forget` was called."""
+    """An open state; a context manager that closes it. A file stays until :meth:`forget`, for whoever takes over."""
 
     def __init__(self, fd: int, path: Path | None = None) -> None:
         """Takes the descriptor over."""
@@ -97,7 +97,6 @@ class SharedState:
         self.close()
 
     def close(self) -> None:
-        """The file stays: the next one can take over."""
         os.close(self.fd)
 
     def forget(self) -> None:
