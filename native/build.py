@@ -8,9 +8,11 @@ from pathlib import Path
 from cffi import FFI
 
 NATIVE = Path(__file__).resolve().parent
-HEADERS = ["pages.h", "pager.h", "userfault.h"]
+HEADERS = ["pages.h", "blake3.h", "chunks.h", "pager.h", "userfault.h"]
 SOURCES = [
     "pages.c",
+    "blake3.c",
+    "chunks.c",
     "userfault.c",
     "pager.c",
     *(f"pager_{part}.c" for part in ["ahead", "events", "fetch", "install", "source", "state", "trace"]),
@@ -33,5 +35,6 @@ ffibuilder.set_source(
     include_dirs=["native"],
     depends=[f"native/{name}" for name in [*HEADERS, "pager_parts.h"]],
     extra_compile_args=["-std=c11", "-O3", "-Wall", "-fvisibility=hidden", "-pthread"],
+    libraries=["zstd"],
     extra_link_args=["-pthread"],
 )

@@ -89,7 +89,7 @@ class DiskCache:
     def has(self, first: int, count: int) -> bool:
         return self._presence.all(first, count)
 
-    def put(self, first: int, data: bytes) -> bool:
+    def put(self, first: int, data: bytes | memoryview) -> bool:
         with self._lock:
             if self._closed:
                 return False

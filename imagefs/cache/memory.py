@@ -72,20 +72,21 @@ class MemoryCache:
     def has(self, first: int, count: int) -> bool:
         return self._presence.all(first, count)
 
-    def put(self, first: int, data: bytes) -> bool:
+    def put(self, first: int, data: bytes | memoryview) -> bool:
         with self._lock:
             if len(data) != self._window or first * PAGE_SIZE % self._window:
                 return self._put_single(first, data)
             if len(data) <= self._recent.maxsize:
-                self._recent[first] = data
+                # A copy: a view would keep all of the request that it came with.
+                self._recent[first] = bytes(data)
                 self._presence.set(first, min(len(data) // PAGE_SIZE, self.pages - first))
         return True
 
-    def _put_single(self, first: int, data: bytes) -> bool:
+    def _put_single(self, first: int, data: bytes | memoryview) -> bool:
         if len(self._single) * PAGE_SIZE + len(data) > SINGLE_LIMIT:
             return False
         for at in range(0, len(data), PAGE_SIZE):
-            self._single[first + at // PAGE_SIZE] = data[at : at + PAGE_SIZE]
+            self._single[first + at // PAGE_SIZE] = bytes(data[at : at + PAGE_SIZE])
         self._presence.set(first, len(data) // PAGE_SIZE)
         return True
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import trio
 from cachetools import LRUCache
 
+from imagefs.decode import ChunkDecoder
 from imagefs.errors import CorruptObjectError, TimedOutError
 from imagefs.fetch.arrivals import ArrivalLog
 from imagefs.fetch.flights import Flight, Priority
@@ -68,7 +69,7 @@ class OpenedImage:
         self._pages = MemoryPages(self._geometry.pages, self._chunk_pages, sink)
         self.trace = TouchTrace(self._geometry.pages)
         self.foresight = Foresight(image, sink, self.trace, published)
-        transfer = Transfer(store, sink, self._codec, self._chunk_pages, self._geometry.pages)
+        transfer = Transfer(store, sink, ChunkDecoder(self._chunk_pages), self._chunk_pages, self._geometry.pages)
         self.scheduler = Scheduler(transfer, self._landed, connections=options.connections, origin=store.origin)
         self.locator = Locator(
             image.manifest.streams, self._chunk_pages, image.metadata.parts, sink, self.scheduler, self._leaf_loaded
@@ -208,10 +209,10 @@ class OpenedImage:
     def _numbers(self, offset: int, length: int) -> range:
         return range(offset // self._window_size, (offset + length - 1) // self._window_size + 1)
 
-    def _cut(self, windows: list[bytes], offset: int, length: int) -> bytes:
+    def _cut(self, windows: Sequence[bytes | memoryview], offset: int, length: int) -> bytes:
         start = offset % self._window_size
         if len(windows) == 1:
-            return windows[0][start : start + length]
+            return bytes(windows[0][start : start + length])
         return b"".join(windows)[start : start + length]
 
     async def _start(self, stream: str, number: int) -> bytes | Flight:
@@ -260,7 +261,7 @@ class OpenedImage:
 
     # --- what arrives
 
-    def _landed(self, flight: Flight, result: bytes | IndexBlock) -> None:
+    def _landed(self, flight: Flight, result: memoryview | IndexBlock) -> None:
         if isinstance(result, IndexBlock):
             assert isinstance(flight.ref, BlockRef)
             self.locator.keep(flight.ref, result)
@@ -269,7 +270,7 @@ class OpenedImage:
         if stream == MEMORY:
             self._pages.window_landed(number)
         else:
-            self._windows[stream, number] = result
+            self._windows[stream, number] = bytes(result)
 
     def _keep_window(self, stream: str, number: int, data: bytes) -> None:
         if stream == MEMORY:

@@ -18,7 +18,7 @@ class PageSink(Protocol):
     def has(self, first: int, count: int) -> bool:
         """Whether these pages are all here."""
 
-    def put(self, first: int, data: bytes) -> bool:
+    def put(self, first: int, data: bytes | memoryview) -> bool:
         """Take in whole pages from page number ``first`` on. False where they could not be kept (a full disk)."""
 
     @property

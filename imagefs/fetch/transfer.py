@@ -6,18 +6,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from imagefs import native
+from imagefs.decode import ChunkDecoder
 from imagefs.errors import CorruptObjectError
 from imagefs.fetch.flights import Flight
 from imagefs.fetch.scheduler import Brought
 from imagefs.fetch.sink import PageSink
-from imagefs.image.chunks import Codec, content_digest
+from imagefs.image.chunks import content_digest
 from imagefs.image.index import BlockRef, ChunkRef, IndexBlock
 from imagefs.image.streams import MEMORY
 from imagefs.store.base import Store
 from imagefs.store.reader import Wanted, get_block, get_windows
 from imagefs.store.timing import timed
 
-Result = bytes | IndexBlock | CorruptObjectError
+Result = bytes | memoryview | IndexBlock | CorruptObjectError
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Transfer:
 
     store: Store
     sink: PageSink
-    codec: Codec
+    decoder: ChunkDecoder
     chunk_pages: int
     memory_pages: int
 
@@ -48,13 +49,13 @@ class Transfer:
         results: list[Result] = [next(fetched) if data is None else data for data in kept]
         for flight, result in zip(flights, results, strict=True):
             stream, window = flight.key
-            if stream == MEMORY and isinstance(result, bytes):
+            if stream == MEMORY and isinstance(result, bytes | memoryview):
                 self.sink.put(window * self.chunk_pages, result)
         return Brought(results, latency)
 
     def _fetch(self, flights: Sequence[Flight]) -> Sequence[Result]:
         wanted = [Wanted(f.what, f.ref) for f in flights if isinstance(f.ref, ChunkRef)]
-        return get_windows(self.store, wanted, self.chunk_pages, self.codec)
+        return get_windows(self.store, wanted, self.decoder)
 
     def _verified_again(self, flight: Flight) -> bytes | None:
         """A window that was in the cache when the host went down, if it survived that."""

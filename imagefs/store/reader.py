@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cachetools import LRUCache
 
 from imagefs import native
+from imagefs.decode import ChunkDecoder, EncodedChunk
 from imagefs.errors import CorruptObjectError
 from imagefs.image.chunks import Codec, decode_chunk
 from imagefs.image.index import (
@@ -116,9 +117,7 @@ class Wanted:
     chunk: ChunkRef
 
 
-def get_windows(
-    store: Store, wanted: Sequence[Wanted], chunk_pages: int, codec: Codec
-) -> list[bytes | CorruptObjectError]:
+def get_windows(store: Store, wanted: Sequence[Wanted], decoder: ChunkDecoder) -> list[memoryview | CorruptObjectError]:
     """Windows whose payloads lie in one pack, fetched with one request from the first to the last of them.
 
     Answers for each with the verified bytes of the whole window, zero pages included, or with what is wrong with it: a
@@ -132,15 +131,28 @@ def get_windows(
         end > MAX_PACK_SIZE
     ):
         raise CorruptObjectError("impossible place of a chunk", key=key, origin=store.origin)
-    data = memoryview(store.get(key, begin, end - begin))
-    results: list[bytes | CorruptObjectError] = []
+    chunks = []
     for want, place in zip(wanted, places, strict=True):
-        payload = data[place.offset - begin : place.offset - begin + place.length]
-        try:
-            results.append(expand(codec, payload, want, chunk_pages, key=key, origin=store.origin))
-        except CorruptObjectError as error:
-            results.append(error)
-    return results
+        chunk = want.chunk
+        if chunk.pages >> decoder.window_pages:
+            raise CorruptObjectError(f"{want.what}: page bitmap is too long", key=key, origin=store.origin)
+        chunks.append(EncodedChunk(place.offset - begin, place.length, chunk.digest, chunk.pages))
+    data = store.get(key, begin, end - begin)
+    return [
+        _what_is_wrong(data[chunk.offset :][: chunk.size], want, decoder.window_pages, key=key, origin=store.origin)
+        if window is None
+        else window
+        for want, chunk, window in zip(wanted, chunks, decoder.decode(data, chunks), strict=True)
+    ]
+
+
+def _what_is_wrong(payload: bytes, want: Wanted, chunk_pages: int, *, key: str, origin: str) -> CorruptObjectError:
+    """Of a chunk that could not be decoded: the words that whoever looks at it by itself would have for it."""
+    try:
+        expand(Codec(), payload, want, chunk_pages, key=key, origin=origin)
+    except CorruptObjectError as error:
+        return error
+    return CorruptObjectError(f"{want.what}: one decoder takes it and another does not", key=key, origin=origin)
 
 
 def expand(
@@ -165,6 +177,7 @@ class ImageReader:
         self.store = store
         self.image = image
         self._codec = codec
+        self._decoder = ChunkDecoder(image.manifest.chunk_pages)
         self._blocks: LRUCache[bytes, IndexBlock] = LRUCache(self.BLOCKS)
         self._windows: LRUCache[tuple[str, int], bytes] = LRUCache(self.WINDOWS)
 
@@ -197,10 +210,10 @@ class ImageReader:
         chunk_pages = self.image.manifest.chunk_pages
         if payload is not None:
             return expand(self._codec, payload, want, chunk_pages, key="metadata", origin=self.store.origin)
-        (result,) = get_windows(self.store, [want], chunk_pages, self._codec)
+        (result,) = get_windows(self.store, [want], self._decoder)
         if isinstance(result, CorruptObjectError):
             raise result
-        return result
+        return bytes(result)
 
     def source(self, stream: str) -> StreamSource:
         """The stream as a :class:`imagefs.image.capture.ByteSource`."""

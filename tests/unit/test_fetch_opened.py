@@ -283,7 +283,7 @@ async def test_what_another_daemon_brought_is_told_in_the_end(setup: Setup) -> N
 class Full(DiskCache):
     """Keeps nothing."""
 
-    def put(self, first: int, data: bytes) -> bool:
+    def put(self, first: int, data: bytes | memoryview) -> bool:
         return False
 
 

@@ -207,7 +207,7 @@ async def test_a_set_that_is_wrong_is_left_with_a_warning(setup: Setup, tmp_path
 
 async def test_a_full_disk_ends_it(setup: Setup) -> None:
     class Full(DiskCache):
-        def put(self, first: int, data: bytes) -> bool:
+        def put(self, first: int, data: bytes | memoryview) -> bool:
             return False
 
     sink = Full(setup.path / "full", setup.made.image.digest, len(setup.made.memory))

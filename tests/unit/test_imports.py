@@ -14,16 +14,20 @@ PACKAGE = Path(__file__).resolve().parents[2] / "imagefs"
 LEAVES = {"errors", "native"}
 """For everyone: the types of errors, and the binding of the native code, which import no other part."""
 
+BINDINGS = {"native", "pager", "decode"}
+"""Of the native code, which import its extension module."""
+
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "native": {"errors"},
     "pager": {"errors"},
+    "decode": set(),
     "image": LEAVES,
     "formats": LEAVES | {"image"},
-    "store": LEAVES | {"image"},
+    "store": LEAVES | {"image", "decode"},
     "cache": LEAVES | {"image"},
     "restore": LEAVES | {"image", "pager"},
-    "fetch": LEAVES | {"image", "store"},
+    "fetch": LEAVES | {"image", "store", "decode"},
     "mount": LEAVES | {"image", "store", "cache", "fetch"},
     "cli": LEAVES | {"image", "formats", "store", "cache", "fetch", "mount", "restore"},
 }
@@ -99,8 +103,8 @@ def wrong_arrows(modules: dict[str, list[Import]]) -> list[str]:
         part = part_of(name)
         for item in imports:
             target = part_of(item.module)
-            # "" is the package itself, which holds its version only; _native belongs to its binding.
-            if target is None or target in ("", part) or (part in ("native", "pager") and target == "_native"):
+            # "" is the package itself, which holds its version only; _native belongs to its bindings.
+            if target is None or target in ("", part) or (part in BINDINGS and target == "_native"):
                 continue
             if part and part not in MAY_IMPORT:
                 wrong.append(f"{name}: {part} is a part that the design does not have")
