@@ -24,6 +24,9 @@ any queue the link would idle at each jitter."""
 REQUEST_SECONDS = 0.001
 """Of the link's time that a background request takes at least: on a fast link smaller requests cost more processor time
 than they save anyone's waiting."""
+NEAR, NEAR_SECONDS, NEAR_SIZE = 0.002, 0.005, 256 << 10
+"""On a link with a shorter round trip this machine sets the pace: requests are of so many seconds there, up to so many
+bytes. With small ones the rate stays low, and with the rate the requests (on loopback they stayed at 45 KB)."""
 AT_LEAST = 4
 """Requests under way, even where fewer would fill the link: while one is decompressed, others are transferred."""
 PACE, PACE_FILLING = 1.05, 2.0
@@ -121,12 +124,17 @@ class LinkEstimate:
         queue = max(QUEUE_SHARE * self.round_trip, QUEUE_SECONDS)
         # What a request takes beyond the round trip is its own transfer: the window is that much larger.
         fills = total * (self.round_trip + queue) * self._pieces / (self._pieces - 1)
-        return int(max(fills, AT_LEAST * total * REQUEST_SECONDS, 2 * SMALLEST))
+        return int(max(fills, AT_LEAST * self._least(total), 2 * SMALLEST))
 
     def request_size(self) -> int:
         """Bytes that a background request should have."""
-        share = max(self.window() / self._pieces, self.bandwidth * REQUEST_SECONDS)
+        share = max(self.window() / self._pieces, self._least(self.bandwidth))
         return int(min(LARGEST, max(SMALLEST, share)))
+
+    def _least(self, rate: float) -> float:
+        """Bytes that a request should have whatever the window, for what it costs to make one."""
+        near = 0 < self.round_trip < NEAR
+        return max(rate * REQUEST_SECONDS, min(NEAR_SIZE, rate * NEAR_SECONDS) if near else 0.0)
 
     def expected_seconds(self, size: int) -> float:
         """How long a request of ``size`` bytes takes where nothing is in its way."""

@@ -116,6 +116,17 @@ async def test_a_round_trip_that_becomes_shorter_is_seen_at_once(autojump_clock:
         assert filled.scheduler.link.round_trip < 0.03
 
 
+def test_on_a_near_link_requests_do_not_stay_small() -> None:
+    """Where a request takes its time in this process, its size decides the rate: it must not follow from it."""
+    link, now = LinkEstimate(12), 0.0
+    for _ in range(400):
+        window = link.window()
+        now += 0.004 + window / 250e6
+        sample = link.sent(now, window, background=True, alone=False)
+        link.ended(sample, now, 0.0003)
+    assert link.request_size() > 200 << 10
+
+
 def test_little_to_do_says_nothing_about_the_link() -> None:
     link = LinkEstimate()
     now = 0.0
