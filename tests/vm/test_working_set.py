@@ -39,6 +39,9 @@ def resume(one: Stored, imagefs: list[str], door: str, mountpoint: Path, *, wait
         assert count >= one.count
         if wait:
             assert vm.ask("check") == checked(one)
+        # In peace, so that neither QEMU nor a pager holds up the end of the mount.
+        vm.process.terminate()
+        vm.wait()
     return then["fetch"]["requests"] - then["fetch"]["background_requests"], then
 
 
