@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -67,17 +67,24 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "memory", tmp_path / "other"
 
 
-def run(files: tuple[Path, Path], program: str, memory: Path | None, preload: bool = True) -> Any:
+class Run(Protocol):
     """What ``program`` prints as JSON, under the shim with IMAGEFS_MEMORY naming ``memory``."""
-    env = dict(os.environ)
-    if preload:
-        env["LD_PRELOAD"] = str(native.preload_path())
-    if memory is not None:
-        env["IMAGEFS_MEMORY"] = str(memory)
-    command = [sys.executable, "-W", "error", "-c", PRELUDE + program, *map(str, files)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    return json.loads(done.stdout)
+
+    def __call__(self, program: str, memory: Path | None, preload: bool = True) -> Any: ...
+
+
+@pytest.fixture
+def run(files: tuple[Path, Path], shim: dict[str, str]) -> Run:
+    def run(program: str, memory: Path | None, preload: bool = True) -> Any:
+        env = os.environ | (shim if preload else {})
+        if memory is not None:
+            env["IMAGEFS_MEMORY"] = str(memory)
+        command = [sys.executable, "-W", "error", "-c", PRELUDE + program, *map(str, files)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        return json.loads(done.stdout)
+
+    return run
 
 
 HUGE_ON_BOTH = """
@@ -93,8 +100,8 @@ print(json.dumps(found))
 HUGE_AS_ASKED = [[], [0, None], ["hg"]]
 
 
-def test_named_file_is_random_and_never_huge(files: tuple[Path, Path]) -> None:
-    assert run(files, HUGE_ON_BOTH, files[0]) == {
+def test_named_file_is_random_and_never_huge(run: Run, files: tuple[Path, Path]) -> None:
+    assert run(HUGE_ON_BOTH, files[0]) == {
         "memory mmap": [["rr"], [0, None], ["rr"]],
         "memory mmap64": [["rr"], [0, None], ["rr"]],
         "other mmap": HUGE_AS_ASKED,
@@ -102,20 +109,20 @@ def test_named_file_is_random_and_never_huge(files: tuple[Path, Path]) -> None:
     }
 
 
-def test_name_of_another_directory_means_the_same_file(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_name_of_another_directory_means_the_same_file(run: Run, files: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "alias").symlink_to(files[0])
-    assert run(files, HUGE_ON_BOTH, tmp_path / "alias")["memory mmap"] == [["rr"], [0, None], ["rr"]]
+    assert run(HUGE_ON_BOTH, tmp_path / "alias")["memory mmap"] == [["rr"], [0, None], ["rr"]]
 
 
 @pytest.mark.parametrize("named", [None, "", "missing", "."])
-def test_without_a_file_nothing_changes(files: tuple[Path, Path], tmp_path: Path, named: str | None) -> None:
+def test_without_a_file_nothing_changes(run: Run, files: tuple[Path, Path], tmp_path: Path, named: str | None) -> None:
     memory = None if named is None else Path(tmp_path / named) if named else Path("")
-    found = run(files, HUGE_ON_BOTH, memory)
+    found = run(HUGE_ON_BOTH, memory)
     assert set(map(str, found.values())) == {str(HUGE_AS_ASKED)}
-    assert found == run(files, HUGE_ON_BOTH, None, preload=False)
+    assert found == run(HUGE_ON_BOTH, None, preload=False)
 
 
-def test_posix_madvise(files: tuple[Path, Path]) -> None:
+def test_posix_madvise(run: Run, files: tuple[Path, Path]) -> None:
     program = """
 at, plain = map_file(memory), map_file(other)
 libc.memset(ctypes.c_void_p(at), 7, PAGE)
@@ -126,14 +133,14 @@ print(json.dumps([
     call("posix_madvise", at + 1, PAGE, 0), call("posix_madvise", at, SIZE, 12345),
 ]))
 """
-    found = run(files, program, files[0])
+    found = run(program, files[0])
     # Errors are returned, errno stays as it was.
     expected = [[0, None], ["rr"], [0, None], ["sr"], [0, None], 7, [22, None], [22, None]]
     assert found == expected
-    assert run(files, program, None, preload=False) == [[0, None], ["hg"], *expected[2:]]
+    assert run(program, None, preload=False) == [[0, None], ["hg"], *expected[2:]]
 
 
-def test_other_advice_passes(files: tuple[Path, Path]) -> None:
+def test_other_advice_passes(run: Run, files: tuple[Path, Path]) -> None:
     program = """
 at = map_file(memory)
 print(json.dumps([
@@ -145,11 +152,11 @@ print(json.dumps([
 """
     refused = [-1, "EINVAL"]
     expected = [[0, None], ["sr"], [0, None], [], refused, [0, None], refused, refused, []]
-    assert run(files, program, files[0]) == expected
-    assert run(files, program, None, preload=False) == expected
+    assert run(program, files[0]) == expected
+    assert run(program, None, preload=False) == expected
 
 
-def test_range_that_is_partly_guest_memory(files: tuple[Path, Path]) -> None:
+def test_range_that_is_partly_guest_memory(run: Run, files: tuple[Path, Path]) -> None:
     """As QEMU maps: a reservation, the file put over a part of it, then one call of madvise over all."""
     program = """
 at = anonymous()
@@ -158,14 +165,14 @@ map_file(memory, at=at + 8 * PAGE, length=PAGE + 1, flags=mmap.MAP_PRIVATE | 0x1
 result = call("madvise", at, SIZE, MADV_HUGEPAGE)
 print(json.dumps([result, [flags(at + i * PAGE) for i in range(16)]]))
 """
-    result, pages = run(files, program, files[0])
+    result, pages = run(program, files[0])
     assert result == [0, None]
     assert [i for i, advice in enumerate(pages) if advice == ["rr"]] == [4, 5, 8, 9]
     assert [i for i, advice in enumerate(pages) if advice == ["hg"]] == [0, 1, 2, 3, 6, 7, *range(10, 16)]
 
 
 @pytest.mark.parametrize("how", ["call('munmap', at, SIZE)", "None", "libc.syscall(11, ctypes.c_size_t(at), SIZE)"])
-def test_memory_that_takes_the_place_is_not_guest_memory(files: tuple[Path, Path], how: str) -> None:
+def test_memory_that_takes_the_place_is_not_guest_memory(run: Run, files: tuple[Path, Path], how: str) -> None:
     """The place is free again through munmap, mapped over, or was unmapped behind the shim's back."""
     program = f"""
 at = map_file(memory)
@@ -173,34 +180,56 @@ at = map_file(memory)
 assert anonymous(at=at, flags=0x10) == at
 print(json.dumps([call("madvise", at, SIZE, MADV_HUGEPAGE), flags(at)]))
 """
-    assert run(files, program, files[0]) == [[0, None], ["hg"]]
+    assert run(program, files[0]) == [[0, None], ["hg"]]
 
 
-def test_failed_calls_fail_as_ever(files: tuple[Path, Path]) -> None:
+def test_failed_calls_fail_as_ever(run: Run, files: tuple[Path, Path]) -> None:
     program = """
 print(json.dumps([
     call("mmap", 0, 0, 3, 0x22, 2**64 - 1, 0), call("mmap", 0, PAGE, 3, 2, 999, 0), call("munmap", 1, PAGE),
 ]))
 """
     expected = [[2**64 - 1, "EINVAL"], [2**64 - 1, "EBADF"], [-1, "EINVAL"]]
-    assert run(files, program, files[0]) == expected
-    assert run(files, program, None, preload=False) == expected
+    assert run(program, files[0]) == expected
+    assert run(program, None, preload=False) == expected
 
 
-def test_more_mappings_than_the_table_holds(files: tuple[Path, Path]) -> None:
+def test_more_mappings_than_the_table_holds(run: Run, files: tuple[Path, Path]) -> None:
     program = """
 at = [map_file(memory, length=PAGE, flags=mmap.MAP_SHARED, offset=i % 16 * PAGE) for i in range(100)]
 first = [flags(place) for place in at]
 results = {call("madvise", place, PAGE, MADV_HUGEPAGE)[0] for place in at}
 print(json.dumps([first == [["rr"]] * 100, list(results), [flags(place) for place in at]]))
 """
-    all_random, results, advice = run(files, program, files[0])
+    all_random, results, advice = run(program, files[0])
     assert (all_random, results) == (True, [0])
     assert advice[:64] == [["rr"]] * 64
     assert all("rr" in each for each in advice)
 
 
-def test_children_see_no_change(files: tuple[Path, Path]) -> None:
+def test_threads(run: Run, files: tuple[Path, Path]) -> None:
+    """They map and unmap at once, and none takes another's mapping for its own."""
+    program = """
+import threading
+wrong = []
+def work(path, expected):
+    for turn in range(100):
+        at = map_file(path)
+        result = call("madvise", at, SIZE, MADV_HUGEPAGE)
+        advice = flags(at) if turn % 10 == 0 else expected
+        if result != (0, None) or advice != expected or call("munmap", at, SIZE)[0]:
+            wrong.append([path, result])
+threads = [threading.Thread(target=work, args=each) for each in 2 * [(memory, ["rr"]), (other, ["hg"])]]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(json.dumps(wrong))
+"""
+    assert run(program, files[0]) == []
+
+
+def test_children_see_no_change(run: Run, files: tuple[Path, Path]) -> None:
     """What QEMU starts (exec:cat, a network script) inherits the shim and the variable."""
     program = """
 at = map_file(memory)
@@ -212,7 +241,7 @@ forked = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 cat = subprocess.run(["cat", other], capture_output=True)
 print(json.dumps([forked, cat.returncode, len(cat.stdout), cat.stderr.decode()]))
 """
-    assert run(files, program, files[0]) == [0, 0, SIZE, ""]
+    assert run(program, files[0]) == [0, 0, SIZE, ""]
 
 
 @pytest.mark.parametrize("share", ["on", "off"])

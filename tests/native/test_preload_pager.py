@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from imagefs import native
 from imagefs.pager import Pager, new_state
 from imagefs.restore.handshake import Listener
 from tests.native.test_preload import PRELUDE
@@ -52,13 +51,14 @@ class Ended:
 
 @contextmanager
 def started(
-    program: str, memory: Path, socket: Path, fds: Sequence[int] = (), prefix: Sequence[str] = ()
+    shim: dict[str, str],
+    program: str,
+    memory: Path,
+    socket: Path,
+    fds: Sequence[int] = (),
+    prefix: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen[str]]:
-    env = os.environ | {
-        "LD_PRELOAD": str(native.preload_path()),
-        "IMAGEFS_MEMORY": str(memory),
-        "IMAGEFS_PAGER": str(socket),
-    }
+    env = os.environ | shim | {"IMAGEFS_MEMORY": str(memory), "IMAGEFS_PAGER": str(socket)}
     if fds:
         env["IMAGEFS_PAGER_STATE"] = str(fds[0])
     command = [*prefix, sys.executable, "-W", "error", "-c", PROGRAM + program, str(memory), "/dev/null"]
@@ -71,13 +71,13 @@ def started(
             process.kill()
 
 
-def run(program: str, memory: Path, *, give_state: bool = False) -> Any:
+def run(shim: dict[str, str], program: str, memory: Path, *, give_state: bool = False) -> Any:
     """What the program prints as JSON, its memory served by a pager of ours."""
     with ExitStack() as stack:
         state = new_state(16)
         stack.callback(os.close, state)
         listener = stack.enter_context(Listener(memory.with_name("socket")))
-        process = stack.enter_context(started(program, memory, listener.path, [state] if give_state else []))
+        process = stack.enter_context(started(shim, program, memory, listener.path, [state] if give_state else []))
         ended = Ended(process)
         stack.callback(os.close, ended.fd)
         handover = listener.wait(SIZE, ended)
@@ -94,7 +94,7 @@ def run(program: str, memory: Path, *, give_state: bool = False) -> Any:
         return json.loads(out)
 
 
-def test_memory(memory: Path) -> None:
+def test_memory(shim: dict[str, str], memory: Path) -> None:
     program = """
 at, error = call("mmap", 0, SIZE, protection, mmap.MAP_PRIVATE, fd, 0)
 content = bytes_at(at)
@@ -107,12 +107,12 @@ print(json.dumps([
     bytes_at(at, 1)[0], set(bytes_at(at + PAGE, PAGE)) == {0}, os.fstat(fd).st_size, os.pread(fd, 4, 0).hex(),
 ]))
 """
-    done = run(program, memory)
+    done = run(shim, program, memory)
     assert done == [True, [0, None], ["hg"], [0, None], [0, None], 7, True, SIZE, "00000000"]
 
 
 @pytest.mark.parametrize("again", ["fd", "os.open(memory, os.O_RDWR)"])
-def test_it_is_mapped_once(memory: Path, again: str) -> None:
+def test_it_is_mapped_once(shim: dict[str, str], memory: Path, again: str) -> None:
     """What is behind the file's number now is empty, and must not pass for guest memory."""
     program = f"""
 at, error = call("mmap", 0, SIZE, protection, mmap.MAP_PRIVATE, fd, 0)
@@ -120,10 +120,10 @@ sys.stderr = None
 os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
 print(json.dumps([error, call("mmap", 0, SIZE, protection, mmap.MAP_PRIVATE, {again}, 0)]))
 """
-    assert run(program, memory) == [None, [2**64 - 1, "EBUSY"]]
+    assert run(shim, program, memory) == [None, [2**64 - 1, "EBUSY"]]
 
 
-def test_where_it_was_reserved(memory: Path) -> None:
+def test_where_it_was_reserved(shim: dict[str, str], memory: Path) -> None:
     """As QEMU maps, into a reservation; the process locks all its memory, now and later."""
     program = """
 room = anonymous(length=2 * SIZE)
@@ -132,10 +132,10 @@ at, error = call("mmap", room + PAGE, SIZE, protection, mmap.MAP_PRIVATE | 0x10,
 assert at == room + PAGE, error
 print(json.dumps([list(set(bytes_at(at + page * PAGE, PAGE))) for page in range(16)]))
 """
-    assert run(program, memory) == [[page + 1] for page in range(16)]
+    assert run(shim, program, memory) == [[page + 1] for page in range(16)]
 
 
-def test_children_do_not_get_the_state(memory: Path) -> None:
+def test_children_do_not_get_the_state(shim: dict[str, str], memory: Path) -> None:
     program = """
 import subprocess
 state = os.environ["IMAGEFS_PAGER_STATE"]
@@ -146,7 +146,7 @@ before = child()
 at, error = call("mmap", 0, SIZE, protection, mmap.MAP_PRIVATE, fd, 0)
 print(json.dumps([link, before, child()]))
 """
-    assert run(program, memory, give_state=True) == ["/memfd:imagefs-pager (deleted)", 0, 1]
+    assert run(shim, program, memory, give_state=True) == ["/memfd:imagefs-pager (deleted)", 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -156,18 +156,18 @@ print(json.dumps([link, before, child()]))
         ("mmap.MAP_PRIVATE", "ENOENT", "{memory}-socket: No such file or directory"),
     ],
 )
-def test_what_cannot_be_handed_over(memory: Path, how: str, error: str, message: str) -> None:
+def test_what_cannot_be_handed_over(shim: dict[str, str], memory: Path, how: str, error: str, message: str) -> None:
     """It is not mapped at all."""
     program = f"""
 print(json.dumps(call("mmap", 0, SIZE, protection, {how}, fd, 0)))
 """
-    with started(program, memory, Path(f"{memory}-socket")) as process:
+    with started(shim, program, memory, Path(f"{memory}-socket")) as process:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, json.loads(out)) == (0, [2**64 - 1, error])
     assert err == f"imagefs: guest memory cannot be handed to the pager: {message.format(memory=memory)}\n"
 
 
-def test_userfaultfd_is_not_permitted(memory: Path, tmp_path: Path) -> None:
+def test_userfaultfd_is_not_permitted(shim: dict[str, str], memory: Path, tmp_path: Path) -> None:
     """Root that may do nothing, and a device that is another's."""
     (tmp_path / "device").touch(0o000)
     os.chown(tmp_path / "device", 65534, 65534)
@@ -176,7 +176,7 @@ def test_userfaultfd_is_not_permitted(memory: Path, tmp_path: Path) -> None:
 print(json.dumps(call("mmap", 0, SIZE, protection, mmap.MAP_PRIVATE, fd, 0)))
 """
     prefix = ["unshare", "-m", "sh", "-ec", script, "sh"]
-    with started(program, memory, tmp_path / "socket", prefix=prefix) as process:
+    with started(shim, program, memory, tmp_path / "socket", prefix=prefix) as process:
         out, err = process.communicate(timeout=60)
     assert json.loads(out) == [2**64 - 1, "EPERM"]
     assert all(name in err for name in ("vm.unprivileged_userfaultfd=1", "CAP_SYS_PTRACE", "/dev/userfaultfd"))
