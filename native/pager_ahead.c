@@ -5,6 +5,7 @@
 #include "pages.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,6 +17,7 @@
 #define NICE 10
 #define ZERO_BATCH 512u /* as long as a batch of data takes, or less */
 #define LINES 65536u
+#define LONG_PAUSE 1000 /* milliseconds between attempts to end */
 
 struct ahead {
     struct imagefs_pager *pager;
@@ -180,8 +182,8 @@ static int follow_arrivals(struct ahead *ahead)
     return all;
 }
 
-/* All has arrived: the pages that the cache could not take, too. */
-static void install_rest(struct ahead *ahead)
+/* Returns 0 where a page cannot be had, or the pager has ended. */
+static int bring_rest(struct ahead *ahead)
 {
     struct imagefs_pager *pager = ahead->pager;
     const uint8_t *answered = pager_answered(pager->state);
@@ -198,9 +200,19 @@ static void install_rest(struct ahead *ahead)
             end++;
         if (pager_read_memory(pager, page, end - page, ahead->buffer) ||
             !install_batch(ahead, page, end - page, ahead->buffer))
-            return; /* whoever touches it finds out */
+            return 0; /* whoever touches it finds out */
     }
-    pager_complete(pager);
+    return pager_running(pager);
+}
+
+/* All has arrived: the pages that the cache could not take, too. A forked VMM may take its time to go. */
+static void install_rest(struct ahead *ahead)
+{
+    struct imagefs_pager *pager = ahead->pager;
+    struct pollfd end = {pager->wake_fd, POLLIN, 0};
+
+    while (bring_rest(ahead) && !pager_complete(pager))
+        poll(&end, 1, LONG_PAUSE);
 }
 
 void *pager_ahead(void *argument)

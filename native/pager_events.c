@@ -22,12 +22,7 @@ struct hand {
     unsigned times;
 };
 
-/*
- * A forked VMM is not served: its userfaultfd could not survive this process. Its copy is held open, so that the child
- * waits if it touches what it lacks, and never reads zeros; one that only executes another program notices nothing.
- * Requires: `changes` held exclusively.
- */
-static void hold_child(struct imagefs_pager *pager, int uffd)
+unsigned pager_children(struct imagefs_pager *pager)
 {
     unsigned kept = 0;
 
@@ -39,11 +34,20 @@ static void hold_child(struct imagefs_pager *pager, int uffd)
         else
             pager->children[kept++] = pager->children[i];
     }
-    if (kept == PAGER_CHILDREN)
+    return pager->child_count = kept;
+}
+
+/*
+ * A forked VMM is not served: its userfaultfd could not survive this process. Its copy is held open, so that the child
+ * waits if it touches what it lacks, and never reads zeros; one that only executes another program notices nothing.
+ * Requires: `changes` held exclusively.
+ */
+static void hold_child(struct imagefs_pager *pager, int uffd)
+{
+    if (pager_children(pager) == PAGER_CHILDREN)
         pager_fail(pager, EMFILE, NO_PAGE, "the VMM has forked %d times and its children live on", PAGER_CHILDREN);
     else
-        pager->children[kept++] = uffd;
-    pager->child_count = kept;
+        pager->children[pager->child_count++] = uffd;
     COUNT(pager, forks, 1);
 }
 

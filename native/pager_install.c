@@ -239,13 +239,14 @@ static int is_all_answered(struct pager_state *state)
     return 1;
 }
 
-void pager_complete(struct imagefs_pager *pager)
+int pager_complete(struct imagefs_pager *pager)
 {
     const struct pager_table *table;
+    int ended;
 
     pthread_rwlock_wrlock(&pager->changes);
     table = &pager->state->tables[pager->state->active];
-    if (pager_running(pager) && is_all_answered(pager->state)) {
+    if (pager_running(pager) && is_all_answered(pager->state) && pager_children(pager) == 0) {
         uint64_t i = 0;
 
         /* It also wakes who waits there. Refused where part was unmapped and the message is still to come. */
@@ -258,5 +259,7 @@ void pager_complete(struct imagefs_pager *pager)
         if (i == table->count)
             pager_end(pager, IMAGEFS_PAGER_COMPLETE);
     }
+    ended = !pager_running(pager);
     pthread_rwlock_unlock(&pager->changes);
+    return ended;
 }

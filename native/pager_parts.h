@@ -67,7 +67,7 @@ struct pager_state {
 
 /*
  * answered: installed, or given back by the VMM. It is never cleared: a touch of such a page finds it missing only if
- * the VMM has given it back (MADV_FREE sends no message), so that zeros are right.
+ * the VMM has given it back (MADV_FREE takes it long after its message), so that zeros are right.
  */
 uint8_t *pager_answered(struct pager_state *state);
 uint8_t *pager_touched(struct pager_state *state);
@@ -145,8 +145,11 @@ enum pager_result pager_answer(struct imagefs_pager *pager, const struct pager_f
                                const uint8_t *data);
 void pager_wake(struct imagefs_pager *pager, uint64_t address, uint64_t size);
 enum pager_result pager_unprotect(struct imagefs_pager *pager, uint64_t address);
-/* If all that is mapped is answered: let the kernel serve it, which has zeros for what was given back, and end. */
-void pager_complete(struct imagefs_pager *pager);
+/*
+ * If all that is mapped is answered, and no forked VMM waits for what it lacks: let the kernel serve it, which has zeros
+ * for what was given back, and end. Returns whether the pager has ended; if not, it may be so later.
+ */
+int pager_complete(struct imagefs_pager *pager);
 /* Pages of one installation at `page`, 1 or 512; the first of them into *first. 0 if the page is not mapped now. */
 uint64_t pager_unit(struct imagefs_pager *pager, uint64_t page, uint64_t *first);
 
@@ -161,6 +164,8 @@ int pager_cache_extent(const struct imagefs_pager *pager, uint64_t page, uint64_
 
 /* pager_events.c, pager_fetch.c, pager_ahead.c, pager_trace.c: threads; their argument is the pager. */
 void *pager_events(void *pager);
+/* How many forked VMMs live; lets go of the others. Requires: `changes` held exclusively. */
+unsigned pager_children(struct imagefs_pager *pager);
 /* Apply what a dead pager had read. */
 void pager_replay(struct imagefs_pager *pager);
 void *pager_fetcher(void *pager);

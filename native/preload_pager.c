@@ -65,8 +65,12 @@ static int send_region(int uffd, uintptr_t start, size_t size, off_t offset)
     int through = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     int error;
 
-    if (through < 0 || connect(through, (const struct sockaddr *)&pager.address, sizeof pager.address))
-        return complain(pager.address.sun_path, errno);
+    if (through < 0 || connect(through, (const struct sockaddr *)&pager.address, sizeof pager.address)) {
+        error = complain(pager.address.sun_path, errno);
+        if (through >= 0)
+            close(through);
+        return error;
+    }
     text.iov_len = (size_t)snprintf(body, sizeof body,
                                     "[{\"base_host_virt_addr\":%llu,\"size\":%llu,\"offset\":%llu,"
                                     "\"page_size\":%u,\"userfaultfd\":%d}]",

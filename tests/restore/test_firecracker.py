@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from support.huge_pages import huge_pages
 
 from tests.restore.conftest import PAGES
 from tests.restore.vmms import Command, Program, is_alive, kill, listening, wait_until
@@ -27,18 +28,12 @@ def test_guest(vmm: Program, mountpoint: Path, tmp_path: Path, options: list[str
 
 
 def test_huge_pages(vmm: Program, mountpoint: Path, tmp_path: Path, rng: random.Random) -> None:
-    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    before = int(pool.read_text())
-    pool.write_text(str(before + PAGES // 512 + 2))
-    try:
-        socket = tmp_path / "socket"
-        with listening(mountpoint, socket, tmp_path / "log") as command:
-            with vmm.running(socket, PAGES, rng.getrandbits(60), "huge", "regions=2") as guest:
-                wait_until(lambda: guest.touched() > 3000)
-                guest.finish()
-            assert command.wait() == 0, command.said()
-    finally:
-        pool.write_text(str(before))
+    socket = tmp_path / "socket"
+    with huge_pages(PAGES // 512 + 2), listening(mountpoint, socket, tmp_path / "log") as command:
+        with vmm.running(socket, PAGES, rng.getrandbits(60), "huge", "regions=2") as guest:
+            wait_until(lambda: guest.touched() > 3000)
+            guest.finish()
+        assert command.wait() == 0, command.said()
 
 
 def test_vmm_is_killed(vmm: Program, mountpoint: Path, tmp_path: Path) -> None:
