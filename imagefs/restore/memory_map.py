@@ -85,6 +85,7 @@ def _map(image: MountedImage, sources: Sources, ahead: bool) -> LazyMemory:
             state_fd=state,
             cache=sources.cache,
             arrivals_fd=sources.arrivals_fd,
+            order=sources.order,
             ahead=ahead,
             failure_signal=signal.SIGBUS,
         )

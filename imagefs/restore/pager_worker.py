@@ -100,6 +100,7 @@ def page(job: Job) -> Outcome:
                 cache=sources.cache,
                 arrivals_fd=sources.arrivals_fd,
                 trace_fd=sources.trace_fd,
+                order=sources.order,
             )
             return _serve(pager, job)
     except PagerError as error:

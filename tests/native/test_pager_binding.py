@@ -135,6 +135,24 @@ def test_arrivals_from_the_cache(vmm: Vmm, state: int, image: bytes, tmp_path: P
         assert pager.statistics().faults == 0
 
 
+def test_order(vmm: Vmm, state: int, tmp_path: Path) -> None:
+    """What is first in it comes first. The rest is met by an address that no process has, which ends the pager."""
+    (tmp_path / "pages").write_bytes(os.urandom(PAGES * PAGE))
+    (tmp_path / "present").write_bytes(b"\xff" * (PAGES // 8))
+    regions = [
+        PagerRegion(1 << 60, 8 * PAGE, 0),
+        PagerRegion(vmm.region.address, (PAGES - 8) * PAGE, 8 * PAGE),
+    ]
+    with (tmp_path / "pages").open("rb") as pages, (tmp_path / "present").open("rb") as present:
+        cache = PagerCache(pages.fileno(), present.fileno())
+        order = [(40, 4), (20, 1)]
+        with Pager(vmm.uffd, regions, state, pages=PAGES, state_fd=state, cache=cache, order=order) as pager:
+            pager.start()
+            assert pager.wait(30) is Status.FAILED
+            assert pager.error is not None
+            assert (pager.error.page, pager.statistics().copied_pages) == (0, 5)
+
+
 def test_failure(vmm: Vmm, state: int, tmp_path: Path) -> None:
     (tmp_path / "memory").write_bytes(b"x" * (PAGE * 3 + 17))
     with (tmp_path / "memory").open("rb") as memory:
