@@ -38,6 +38,10 @@ class Locator:
         self._blocks: LRUCache[bytes, IndexBlock] = LRUCache(BLOCKS_KEPT)
         self._noted: set[tuple[str, int]] = set()
 
+    def knows(self, stream: str, window: int) -> bool:
+        """Whether a leaf that covers the window was here before: then its zero pages are."""
+        return (stream, window // FANOUT) in self._noted
+
     def find_here(self, stream: str, window: int) -> ChunkRef | None:
         """The chunk of a window, None where it is all zero. Raises NeedBlock where a block is not here."""
         leaf = find_leaf(self._streams[stream], window, self._block_here)
@@ -63,7 +67,9 @@ class Locator:
             return self._block_here(ref)
         except NeedBlock:
             what = f"index block of level {ref.level}"
-            block: IndexBlock = await self._scheduler.want((INDEX, ref.digest), what, ref, priority).wait()
+            flight = self._scheduler.want((INDEX, ref.digest), what, ref, priority)
+            self._scheduler.dispatch()
+            block: IndexBlock = await flight.wait()
             return block
 
     def keep(self, ref: BlockRef, block: IndexBlock) -> None:

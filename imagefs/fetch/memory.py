@@ -55,11 +55,13 @@ class MemoryPages:
         """
         for slot, count in leaf.gaps():
             self.note_zero_windows(number + slot, count)
-        for slot in leaf.occupied():
-            chunk = leaf.chunk(slot)
+        full = (1 << self._chunk_pages) - 1
+        for slot, content in leaf.pages():
+            if content == full:
+                continue
             first, pages = self.window_span(number + slot)
-            if chunk is not None and chunk.content_pages < pages and not self._sink.has(first, pages):
-                for at, count in _runs_of_zeros(chunk.pages, pages):
+            if content.bit_count() < pages and not self._sink.has(first, pages):
+                for at, count in _runs_of_zeros(content, pages):
                     self._sink.put_zeros(first + at, count)
         self._check_complete()
 

@@ -129,14 +129,14 @@ class OpenedImage:
         length = min(length, self._image.manifest.streams[stream].size - offset)
         numbers = self._numbers(offset, length)
         with self._patience(f"{stream} at {offset:#x}"):
-            if stream == MEMORY:
+            if stream == MEMORY and not all(self.locator.knows(stream, number) for number in numbers):
                 for number in numbers:
                     await self.locator.find(stream, number, Priority.TOUCH)
                 # The leaf may have told that these pages are zero.
                 data = self.read_present(stream, offset, length, touch=touch)
                 if data is not None:
                     return data
-            found = [await self._start(stream, number) for number in numbers]
+            found = [await self._start(stream, number, missing=len(numbers) == 1) for number in numbers]
             # All flights first, then the waiting: a read of several windows takes one round trip.
             if stream == MEMORY:
                 self._touched(offset, length, trace=touch, missed=True)
@@ -201,7 +201,10 @@ class OpenedImage:
     def _patience(self, what: str) -> Iterator[None]:
         """For as long as the user wants to wait; TimedOutError after that."""
         timeout = self._options.timeout
-        with trio.move_on_after(float("inf") if timeout is None else timeout) as scope:
+        if timeout is None:
+            yield
+            return
+        with trio.move_on_after(timeout) as scope:
             yield
         if scope.cancelled_caught:
             raise TimedOutError(f"{self._location}: {what}: not here after {timeout} s")
@@ -215,9 +218,9 @@ class OpenedImage:
             return bytes(windows[0][start : start + length])
         return b"".join(windows)[start : start + length]
 
-    async def _start(self, stream: str, number: int) -> bytes | Flight:
-        """The window's bytes if they are here, otherwise its flight."""
-        here = self._window_here(stream, number)
+    async def _start(self, stream: str, number: int, *, missing: bool) -> bytes | Flight:
+        """The window's bytes if they are here, otherwise its flight. ``missing``: they are known not to be."""
+        here = None if missing else self._window_here(stream, number)
         if here is not None:
             return here
         chunk = await self.locator.find(stream, number, Priority.TOUCH)

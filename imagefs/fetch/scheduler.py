@@ -95,6 +95,7 @@ class Scheduler:
         self._pause = 0.0
         self._paused_until = -1.0
         self._quiet_from = -1.0
+        self._sleeps_until = float("inf")
 
     def __repr__(self) -> str:
         return f"<Scheduler {self.table!r}, {'outage' if self._pause else 'store answers'}>"
@@ -105,18 +106,26 @@ class Scheduler:
         return self._pause > 0
 
     def want(self, key: Key, what: str, ref: ChunkRef | BlockRef, priority: Priority) -> Flight:
-        """A flight to wait for; see :meth:`FlightTable.want`. It begins with the next :meth:`dispatch`, of whomever."""
+        """A flight to wait for; see :meth:`FlightTable.want`. Whoever wants a touch calls :meth:`dispatch` as well."""
         flight = self.table.want(key, what, ref, priority)
         if priority == Priority.TOUCH:
             self._quiet_from = trio.current_time() + QUIET_SECONDS
-        self._work.set()
+        else:
+            self._work.set()
         return flight
 
     def dispatch(self) -> None:
-        """Begin every request that may begin now. Whoever waits for what they wanted calls it; nobody has to."""
+        """Begin every request that may begin now: those of a touch without a turn of the event loop in between."""
         if self._runner is None:
             return
         now = trio.current_time()
+        self._begin_what_may(now)
+        # Otherwise the task sleeps on: a turn of the event loop for each touch would be in the way of its answer.
+        if self._next_time(now) < self._sleeps_until:
+            self._work.set()
+
+    def _begin_what_may(self, now: float) -> None:
+        self._hedge(now)
         # In an outage, one request at a time finds out whether the store is back.
         while not (self._pause and (self.table.busy or now < self._paused_until)):
             request = self.table.next_request(now, sweep=now >= self._quiet_from)
@@ -141,9 +150,10 @@ class Scheduler:
             self._runner = threads = FetchThreads(self._connections)
         try:
             while True:
-                self._hedge()
-                self.dispatch()
-                with trio.move_on_at(self._next_time()):
+                now = trio.current_time()
+                self._begin_what_may(now)
+                self._sleeps_until = self._next_time(now)
+                with trio.move_on_at(self._sleeps_until):
                     await self._work.wait()
                 self._work = trio.Event()
         finally:
@@ -168,12 +178,9 @@ class Scheduler:
         else:
             self._came(request, outcome)
         self.dispatch()
-        # What is due next may be due at another time now.
-        self._work.set()
 
-    def _next_time(self) -> float:
+    def _next_time(self, now: float) -> float:
         """When something that was too early becomes due."""
-        now = trio.current_time()
         due = [at for at in (self._paused_until, self._quiet_from, self.link.paced_until) if at > now]
         due += [at for request in self.table.requests if (at := self._late_at(request)) > now]
         return min(due, default=float("inf"))
@@ -186,9 +193,8 @@ class Scheduler:
             return float("inf")
         return request.sample.sent + self.link.straggles_after(request.sample.size)
 
-    def _hedge(self) -> None:
+    def _hedge(self, now: float) -> None:
         """Ask once more, on another connection, for what is waited for and late. The first answer counts."""
-        now = trio.current_time()
         for request in self.table.requests:
             while self._late_at(request) <= now and (hedge := self.table.hedge(request, now)) is not None:
                 self.counters.hedged_requests += 1

@@ -148,6 +148,17 @@ class IndexBlock:
                 yield begin, slot - begin
             begin = slot + 1
 
+    def pages(self) -> Iterator[tuple[int, int]]:
+        """``(slot, page bitmap)`` of each entry of a leaf, ascending: what :meth:`chunk` says, without the rest."""
+        size = self.chunk_pages // 8
+        at = self._entries_at + ENTRY.size
+        for slot in self.occupied():
+            pages = int.from_bytes(self.data[at : at + size], "little")
+            if not pages:
+                raise self._bad(f"page bitmap of slot {slot}", 0)
+            yield slot, pages
+            at += self._entry_size
+
     def _unpack(self, slot: int) -> tuple[bytes, PayloadRef, int] | None:
         if not self._present >> slot & 1:
             return None

@@ -23,8 +23,8 @@ from requests.adapters import HTTPAdapter
 from imagefs.store.timing import first_byte_came, request_sent
 from imagefs.store.transport import Attempt, Response, limit_to_deadline
 
-_FIRST = 32 * 1024
-"""Bytes that are received at first: the head, and what comes with it."""
+_HEAD = 1024
+"""Bytes that the head of an answer mostly has at most: then a small answer comes with one system call."""
 _PIECE = 1024 * 1024
 _END = b"\r\n\r\n"
 _FIELD = re.compile(rb"([A-Za-z0-9-]+):[ \t]*([^\r\n]*?)[ \t]*", re.ASCII)
@@ -85,7 +85,7 @@ class Shortcut:
         sock.sendall(
             b"GET %b%b HTTP/1.1\r\n%bRange: bytes=%d-%d\r\n\r\n" % (self._path, key.encode(), self._fields, start, last)
         )
-        received = bytearray(_FIRST)
+        received = bytearray(min(_HEAD + length, _PIECE))
         limit_to_deadline(sock, attempt)
         got = sock.recv_into(received)
         first_byte_came()

@@ -111,7 +111,10 @@ def limit_to_deadline(sock: socket.socket, attempt: Attempt) -> None:
     left = attempt.deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError("deadline")
-    sock.settimeout(min(left, attempt.read_timeout))
+    seconds = min(left, attempt.read_timeout)
+    # Each setting is a system call.
+    if sock.gettimeout() != seconds:
+        sock.settimeout(seconds)
 
 
 class Response(http.client.HTTPResponse):

@@ -38,7 +38,7 @@ async def scheduling(link: SimulatedLink, store: Store, connections: int = 16) -
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(link.run)
-        nursery.start_soon(scheduler.run)
+        nursery.start_soon(scheduler.run, name="scheduler")
         yield scheduler
         nursery.cancel_scope.cancel()
 
@@ -47,10 +47,26 @@ def want(scheduler: Scheduler, number: int, priority: Priority) -> Flight:
     return scheduler.want(("memory", number), f"window {number}", chunk(number), priority)
 
 
+def touch(scheduler: Scheduler, number: int) -> Flight:
+    flight = want(scheduler, number, Priority.TOUCH)
+    scheduler.dispatch()
+    return flight
+
+
+class Turns(trio.abc.Instrument):
+    """Counts how often the scheduler's task has its turn."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.count += task.name == "scheduler"
+
+
 async def test_touches_side_by_side_in_a_pack_share_a_request(autojump_clock: MockClock) -> None:
     store = Store()
     async with scheduling(SimulatedLink(1000 * MBIT, ROUND_TRIP), store) as scheduler:
-        await want(scheduler, 1, Priority.TOUCH).wait()
+        await touch(scheduler, 1).wait()
         scheduler.link.filling, scheduler.link.bandwidth = False, 1000.0 * MBIT
         flights = [want(scheduler, number, Priority.TOUCH) for number in (7, 8, 9, 20)]
         scheduler.dispatch()
@@ -64,9 +80,19 @@ async def test_a_touch_begins_before_control_returns(autojump_clock: MockClock) 
     link = SimulatedLink(100 * MBIT, ROUND_TRIP)
     async with scheduling(link, Store()) as scheduler:
         await trio.sleep(1)
-        want(scheduler, 1, Priority.TOUCH)
-        scheduler.dispatch()
+        touch(scheduler, 1)
         assert link.sizes == [CHUNK]
+
+
+async def test_touches_do_not_wake_the_scheduler_one_by_one(autojump_clock: MockClock) -> None:
+    """It would be a turn of the event loop for each, in the way of their answers."""
+    turns = Turns()
+    async with scheduling(SimulatedLink(1000 * MBIT, 0.001), Store()) as scheduler:
+        await touch(scheduler, 1).wait()
+        trio.lowlevel.add_instrument(turns)
+        for number in range(2, 102):
+            await touch(scheduler, number).wait()
+        assert turns.count < 10
 
 
 async def test_queued_flights_are_promoted_and_flying_ones_awaited(autojump_clock: MockClock) -> None:
@@ -101,10 +127,10 @@ async def test_a_straggler_is_asked_for_again_and_lands_once(autojump_clock: Moc
     store = Store()
     link = SimulatedLink(100 * MBIT, ROUND_TRIP)
     async with scheduling(link, store) as scheduler:
-        await want(scheduler, 1, Priority.TOUCH).wait()
+        await touch(scheduler, 1).wait()
         link.stuck = lambda number: number == 1
         begun = trio.current_time()
-        flight = want(scheduler, 5, Priority.TOUCH)
+        flight = touch(scheduler, 5)
         assert await flight.wait() == b"window 5"
         assert trio.current_time() - begun < 1
         assert scheduler.counters.hedged_requests == 1
@@ -120,12 +146,12 @@ async def test_both_answers_to_a_hedge_come_and_one_counts(autojump_clock: MockC
     store = Store()
     link = SimulatedLink(100 * MBIT, ROUND_TRIP)
     async with scheduling(link, store) as scheduler:
-        await want(scheduler, 1, Priority.TOUCH).wait()
+        await touch(scheduler, 1).wait()
         link.round_trip = 1.0
-        flight = want(scheduler, 5, Priority.TOUCH)
+        flight = touch(scheduler, 5)
         await trio.sleep(0.9)
         assert flight.requests == 2
-        assert want(scheduler, 5, Priority.TOUCH) is flight
+        assert touch(scheduler, 5) is flight
         await trio.sleep(3)
         assert store.asked == [[1], [5], [5]]
         assert store.landed == [1, 5]
@@ -143,9 +169,9 @@ async def test_a_hedge_that_brings_damage_is_not_the_end(autojump_clock: MockClo
 
     store.answer = answer
     async with scheduling(link, store) as scheduler:
-        await want(scheduler, 1, Priority.TOUCH).wait()
+        await touch(scheduler, 1).wait()
         link.round_trip = 1.0
-        assert await want(scheduler, 5, Priority.TOUCH).wait() == b"good"
+        assert await touch(scheduler, 5).wait() == b"good"
         assert store.landed == [1, 5]
         assert scheduler.counters.corrupt == 1 < CORRUPT_ATTEMPTS
 
@@ -164,7 +190,7 @@ async def test_nothing_is_hedged_in_an_outage(autojump_clock: MockClock) -> None
     scheduler = Scheduler(transfer, lambda f, r: None, link, connections=8, origin="simulated")
     async with trio.open_nursery() as nursery:
         await nursery.start(link.run)
-        nursery.start_soon(scheduler.run)
+        nursery.start_soon(scheduler.run, name="scheduler")
         flights = [want(scheduler, number, Priority.TOUCH) for number in (10, 20, 30)]
         await trio.sleep(20)
         assert scheduler.in_outage
@@ -181,7 +207,7 @@ async def test_nothing_is_hedged_in_an_outage(autojump_clock: MockClock) -> None
 async def test_who_leaves_strands_nobody(autojump_clock: MockClock) -> None:
     store = Store()
     async with scheduling(SimulatedLink(100 * MBIT, ROUND_TRIP), store) as scheduler:
-        flight = want(scheduler, 3, Priority.TOUCH)
+        flight = touch(scheduler, 3)
         with trio.move_on_after(ROUND_TRIP / 2) as scope:
             await flight.wait()
         assert scope.cancelled_caught
@@ -197,10 +223,10 @@ async def test_what_comes_after_the_end_is_not_looked_at(autojump_clock: MockClo
         await nursery.start(link.run)
         async with trio.open_nursery() as inner:
             inner.start_soon(scheduler.run)
-            want(scheduler, 3, Priority.TOUCH)
+            touch(scheduler, 3)
             await trio.sleep(ROUND_TRIP / 2)
             inner.cancel_scope.cancel()
-        want(scheduler, 4, Priority.TOUCH)
+        touch(scheduler, 4)
         scheduler.dispatch()
         await trio.sleep(1)
         assert store.asked == [[3]]
