@@ -110,8 +110,10 @@ class GatheredMemory:
                     end += 1
                 self._gather_aside(first + begin, pages[begin * PAGE_SIZE : end * PAGE_SIZE])
             else:
-                stride = places[end] - places[begin] if end < count else 0
-                if PAGE_SIZE <= stride <= 2 * PAGE_SIZE:
+                stride = places[end] - places[begin] if end < count else PAGE_SIZE
+                if not PAGE_SIZE <= stride <= 2 * PAGE_SIZE:
+                    stride = PAGE_SIZE  # a page by itself: the next one may be anywhere
+                else:
                     while end < count and places[end] - places[end - 1] == stride:
                         end += 1
                 self._gather(places[begin], stride, pages[begin * PAGE_SIZE : end * PAGE_SIZE])
@@ -139,7 +141,7 @@ class GatheredMemory:
         if stride == PAGE_SIZE:
             self._source.scatter_at(native, [into])
             return
-        between = bytearray(max(0, stride - PAGE_SIZE))
+        between = bytearray(stride - PAGE_SIZE)
         pieces: list[memoryview | bytearray] = [into[:PAGE_SIZE]]
         for at in range(PAGE_SIZE, len(into), PAGE_SIZE):
             pieces.append(between)
