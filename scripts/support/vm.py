@@ -6,13 +6,14 @@ import contextlib
 import itertools
 import os
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -147,10 +148,16 @@ class Vm:
             self._qmp.close()
         if self._serial is not None:
             self._serial.close()
+        ending = []
         if self._process is not None:
+            # QEMU may be a child of what was started, and holds forwarded ports until it is gone.
+            ending = [fd for pid in descendants(self._process.pid) if (fd := _pidfd(pid)) is not None]
             # Its children (exec:cat of an incoming state) too.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+        for fd in ending:
+            select.select([fd], [], [], SECONDS_TO_DIE)
+            os.close(fd)
         shutil.rmtree(self.directory, ignore_errors=True)
         if self._process is not None:
             try:
@@ -267,6 +274,24 @@ class Vm:
             self._log += data
         line, _, self._unread = self._unread.partition(b"\n")
         return line.decode(errors="replace").rstrip("\r")
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """Of a process: its children, and theirs."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    for child in map(int, children):
+        yield child
+        yield from descendants(child)
+
+
+def _pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
 
 
 def _listen(path: Path) -> socket.socket:

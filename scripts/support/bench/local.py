@@ -22,7 +22,7 @@ from support.bench.figures import Figure
 from support.mounts import mounted
 from support.resume.redis import DataSet, first_get
 from support.resume.site import IMAGE, Site, prepare
-from support.vm import Vm
+from support.vm import Vm, descendants
 
 MEMORY_MIB, RECORDS = 1280, 600_000
 RUNS = 7
@@ -102,14 +102,8 @@ def _anonymous_when_touched(site: Site, way: str, daemon: int) -> int:
     with _answering(site, way, 0) as (vm, _):
         whole = {"val": 0, "size": site.memory_mib << 20, "filename": "/dev/null"}
         vm.qmp.execute("pmemsave", whole, timeout=PATIENCE)
-        processes = {vm.process.pid, *_descendants(vm.process.pid), *([daemon] if way in DOORS else [])}
+        processes = {vm.process.pid, *descendants(vm.process.pid), *([daemon] if way in DOORS else [])}
         return sum(map(_anonymous, processes))
-
-
-def _descendants(pid: int) -> Iterator[int]:
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        yield int(child)
-        yield from _descendants(int(child))
 
 
 def _anonymous(pid: int) -> int:
