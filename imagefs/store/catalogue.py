@@ -17,7 +17,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,8 +56,9 @@ CREATE TEMP TABLE own_objects (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE
 CREATE TEMP TABLE own_chunks (digest BLOB PRIMARY KEY, object INTEGER NOT NULL, offset INTEGER NOT NULL,
                               length INTEGER NOT NULL) WITHOUT ROWID;
 """
-FIND_OWN = "SELECT name, offset, length FROM own_chunks c JOIN own_objects o ON o.id = c.object WHERE digest = ?"
-FIND = "SELECT name, offset, length FROM chunks c JOIN objects o ON o.id = c.object WHERE digest = ?"
+FIND = """
+SELECT digest, name, offset, length FROM {0}chunks c JOIN {0}objects o ON o.id = c.object WHERE digest IN ({1})
+"""
 RELY = "INSERT INTO objects (name, relied) VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET relied = relied + 1"
 LIST = "INSERT INTO objects (name, listed) VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET listed = 1"
 PUBLISH = """
@@ -91,14 +92,15 @@ class Catalogue:
     def close(self) -> None:
         self._db.close()
 
-    def find(self, name: bytes) -> PayloadRef | None:
-        """Where the store has this chunk; None if it has not, or if the pack has been deleted meanwhile."""
+    def find(self, names: Sequence[bytes]) -> dict[bytes, PayloadRef]:
+        """Where the store has these chunks, some dozens at most; without those that it has not, or whose pack has been
+        deleted meanwhile."""
+        places = ",".join("?" * len(names))
         with self._lock, self._errors():
-            own = self._db.execute(FIND_OWN, (name,)).fetchone()
-            if own is not None:
-                return PayloadRef(*own)
-            row = self._db.execute(FIND, (name,)).fetchone()
-        return PayloadRef(*row) if row is not None and self._is_present(row[0]) else None
+            rows = self._db.execute(FIND.format("", places), names).fetchall()
+            own = self._db.execute(FIND.format("own_", places), names).fetchall()
+        found = {name: PayloadRef(*place) for name, *place in rows if self._is_present(place[0])}
+        return found | {name: PayloadRef(*place) for name, *place in own}
 
     def add(self, pack: bytes, entries: Iterable[TocEntry]) -> None:
         """Take in the table of one pack of this split, for this split alone."""

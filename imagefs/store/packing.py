@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -54,9 +55,9 @@ class PackWriter:
         self.new_bytes = 0
         """Bytes that this split has added to the store."""
 
-    def known(self, name: bytes) -> PayloadRef | None:
-        """Where the store already has a chunk with this digest. Any thread may ask."""
-        return self._catalogue.find(name)
+    def known(self, names: Sequence[bytes]) -> Mapping[bytes, PayloadRef]:
+        """Where the store already has chunks with these digests. Any thread may ask."""
+        return self._catalogue.find(names)
 
     def refer(self, ref: PayloadRef) -> Placed:
         """A payload that is in the store already."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -35,13 +35,13 @@ def encode_windows(
     source: ByteSource,
     chunk_pages: int,
     codec: Codec,
-    known: Callable[[bytes], PayloadRef | None],
+    known: Callable[[Sequence[bytes]], Mapping[bytes, PayloadRef]],
     pool: ThreadPoolExecutor,
     progress: Callable[[int], None],
 ) -> Iterator[Window]:
     """The windows of ``source`` that are not all zero, ascending.
 
-    ``known`` is asked, from the pool's threads, before a content is compressed. ``progress`` is told the offset up to
+    ``known`` is asked, from the pool's threads, before contents are compressed. ``progress`` is told the offset up to
     which the source is done. Holes of the source are skipped without being read.
     """
     window_size = chunk_pages * PAGE_SIZE
@@ -54,18 +54,22 @@ def encode_windows(
             data = memoryview(bytes(data) + bytes(-len(data) % PAGE_SIZE))
         first = offset // window_size
         bitmap = native.scan(data)
-        done = []
+        found = []
         for at in range(0, len(data), window_size):
             window = data[at : at + window_size]
             bits = bitmap[at // PAGE_SIZE // 8 : (at + window_size) // PAGE_SIZE // 8]
             pages = int.from_bytes(bits, "little")
             if pages:
-                content = native.compact(window, bits)
-                name = content_digest(content)
-                ref = known(name)
-                payload = b"" if ref is not None else codec.compress(content)
-                done.append(Window(first + at // window_size, pages, name, ref, payload))
-        return done
+                full = pages.bit_count() * PAGE_SIZE == len(window)
+                content = window if full else native.compact(window, bits)
+                found.append((first + at // window_size, pages, content_digest(content), content))
+        if not found:
+            return []
+        refs = known([name for _, _, name, _ in found])
+        return [
+            Window(number, pages, name, refs.get(name), b"" if name in refs else codec.compress(content))
+            for number, pages, name, content in found
+        ]
 
     pending: deque[tuple[int, Future[list[Window]]]] = deque()
     offset = 0

@@ -7,7 +7,7 @@ after a crash, is found by its digests and used by the next split of the same da
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -186,7 +186,7 @@ class _Split:
         known = _unknown if advance else self._packs.known
         for window in encode_windows(source, self._chunk_pages, self._codec, known, self._pool, progress):
             pages = window.pages.bit_count()
-            ref = self._packs.known(window.digest) if advance else window.known
+            ref = self._packs.known([window.digest]).get(window.digest) if advance else window.known
             if ref is not None:
                 placed = self._packs.refer(ref)
             else:
@@ -198,8 +198,8 @@ class _Split:
                 self._content_pages += pages
 
 
-def _unknown(_: bytes) -> PayloadRef | None:
-    return None
+def _unknown(_: Sequence[bytes]) -> Mapping[bytes, PayloadRef]:
+    return {}
 
 
 def _sources(capture: Capture) -> dict[str, ByteSource]:
