@@ -190,6 +190,8 @@ class Listener:
             early.rename(path)
         except OSError as error:
             self._socket.close()
+            with contextlib.suppress(OSError):
+                early.unlink()
             raise UsageError(f"{path}: {error.strerror}") from error
         finally:
             os.umask(mask)

@@ -64,10 +64,13 @@ def find_by_socket(socket: Path) -> Survivor:
     record = state.read()
     if record is None or not record.pid:
         raise RestoreError(f"{state.path}: does not say which VMM it belongs to: {_LOST}")
-    if record.started is None or start_time(record.pid) != record.started:
+    pidfd = None
+    with suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(record.pid)
+    # Looked at once the process is held: until then, another may get its number.
+    if pidfd is None or record.started is None or start_time(record.pid) != record.started:
         state.forget()
         raise RestoreError(f"process {record.pid}, which was served through {socket}, has ended: nothing is left to do")
-    pidfd = os.pidfd_open(record.pid)
     with _closing_unless_done(pidfd):
         return _survivor(record.pid, pidfd, state, record)
 
