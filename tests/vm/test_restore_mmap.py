@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import signal
 import subprocess
@@ -11,11 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.link import Link
+from support.mounts import mounted
 from support.vm import PATIENCE, QEMU, Vm
 
 from imagefs.restore.qemu_machine import list_machines
 from imagefs.restore.qemu_options import WITHOUT_VALUE
-from tests.vm.restoring import SavedVm
+from tests.vm.conftest import SLOW_MBIT
+from tests.vm.restoring import SavedVm, Stored, check_that_it_goes_on, checked, restored, suspend
 
 
 def resumed(saved: SavedVm, imagefs: Sequence[str], *extra: str) -> Vm:
@@ -48,6 +52,28 @@ def test_guest_goes_on(name: str, imagefs: list[str], request: pytest.FixtureReq
             assert vm.ask("write 2000 5").startswith("ok")
             check(vm, saved, writes=2000)
     assert digest(saved.directory / "memory") == before
+
+
+def test_guest_runs_while_its_pages_come(saved: Stored, link: Link, imagefs: list[str], tmp_path: Path) -> None:
+    """Over a slow link; then suspended again, which reads all of it."""
+    mountpoint = tmp_path / "mnt"
+    with (
+        mounted(f"{link.url}/vm1", mountpoint, f"cache={tmp_path}/cache"),
+        restored(saved, imagefs, mountpoint, door="mmap") as vm,
+    ):
+        vm.wait_running()
+        check_that_it_goes_on(vm, saved)
+        status = json.loads((mountpoint / ".imagefs" / "status.json").read_text())
+        assert not status["memory"]["complete"], "the link was not slow enough to show anything"
+        link.set(mbit=4 * SLOW_MBIT)
+        assert vm.ask("check") == checked(saved)
+        assert vm.ask("write 500 3").startswith("ok")
+        assert vm.ask("check") == checked(saved, writes=500)
+        suspend(imagefs, vm, tmp_path / "store" / "vm2")
+    verified = subprocess.run(
+        [*imagefs, "verify", f"{tmp_path}/store/vm2"], capture_output=True, check=False, timeout=60
+    )
+    assert verified.returncode == 0, verified.stderr
 
 
 def test_memory_is_mapped_without_huge_pages(pc: SavedVm, imagefs: list[str]) -> None:
