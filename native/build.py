@@ -15,7 +15,7 @@ SOURCES = [
     "chunks.c",
     "userfault.c",
     "pager.c",
-    *(f"pager_{part}.c" for part in ["ahead", "events", "fetch", "install", "source", "state", "trace"]),
+    *(f"pager_{part}.c" for part in ["ahead", "create", "events", "fetch", "install", "source", "state", "trace"]),
 ]
 
 
