@@ -27,6 +27,9 @@ than they save anyone's waiting."""
 NEAR, NEAR_SECONDS, NEAR_SIZE = 0.002, 0.005, 256 << 10
 """On a link with a shorter round trip this machine sets the pace: requests are of so many seconds there, up to so many
 bytes. With small ones the rate stays low, and with the rate the requests (on loopback they stayed at 45 KB)."""
+HANDLING_GAIN = 1 / 16
+"""Weight of one request in the average time that this machine takes for one. A busy machine takes as long as a far
+link, and what waits for a processor is no queue in the network: with 40 ms and windows of 20 ms a rate only falls."""
 AT_LEAST = 4
 """Requests under way, even where fewer would fill the link: while one is decompressed, others are transferred."""
 PACE, PACE_FILLING = 1.05, 2.0
@@ -41,8 +44,9 @@ PATIENCE = 3
 PERIOD_TRIPS, PERIOD_SECONDS = 4, 0.02
 """How long the rate is measured at a time: so many round trips of at least so many seconds. Requests end in bunches,
 and what a bunch seems to say of the rate is wrong by its share of the period."""
-PERIODS = 4
-"""Of which the highest rate is believed."""
+PERIODS, NEAR_PERIODS = 4, 32
+"""Of which the highest rate is believed. On a near link it falls whenever other programs want the processor, and what
+follows from it must not fall as well: then it would stay low (7 MB/s of 120, on a machine with a load of 11)."""
 ROUND_TRIP_SECONDS, ROUND_TRIP_JITTER = 15.0, 1.05
 """The round trip is measured anew when for so long no answer has come as quickly, give or take."""
 LONGER = 1.25
@@ -74,16 +78,14 @@ class LinkEstimate:
         """Whether it is still to be found out how much the link takes."""
         self.paced_until = 0.0
         """Seconds of the scheduler's clock before which the background begins no further request."""
-        self.shared_rate = 0.0
-        """Bytes per second that other mounts of this host have over the same link."""
-        self.sharers = 1
-        """Mounts of this host that fill the link, this one included."""
         self._pieces = max(2, slots * 2 // 3)
         """Requests that the window is made of. Fewer than slots: requests are whole chunks, and so smaller."""
+        self.handling = 0.0
+        """Seconds that a request takes beside its time on the wire: threads, decompression, landing; an average."""
         self._measured_at = 0.0
         self._window = float(FIRST_WINDOW)
         self._flat = 0
-        self._rates: deque[float] = deque(maxlen=PERIODS)
+        self._rates: deque[float] = deque(maxlen=NEAR_PERIODS)
         self._begun = -1.0
         self._bytes = 0
         self._starved = True
@@ -97,7 +99,8 @@ class LinkEstimate:
     def sent(self, now: float, size: int, *, background: bool, alone: bool) -> Sample:
         """A request of ``size`` bytes begins. ``alone``: nothing else is under way."""
         if background and self.bandwidth:
-            pace = (PACE_FILLING if self.filling else PACE) * self.bandwidth / self.sharers
+            # On a near link there is next to nothing to idle for, and each wait costs a timer.
+            pace = (PACE_FILLING if self.filling or self._near else PACE) * self.bandwidth
             self.paced_until = max(self.paced_until, now - BURST_SECONDS) + size / pace
         return Sample(now, size, alone)
 
@@ -105,36 +108,41 @@ class LinkEstimate:
         """The link could take more, and there is nothing for it, or nothing that may go now."""
         self._starved = True
 
-    def ended(self, sample: Sample, now: float, latency: float) -> None:
-        """The first byte of its answer came ``latency`` seconds after it had been sent, and it is done by ``now``."""
+    def ended(self, sample: Sample, now: float, latency: float, seconds: float) -> None:
+        """The first byte of its answer came ``latency`` seconds after it had been sent, the last one after ``seconds``,
+        and it is done by ``now``."""
+        self.handling += HANDLING_GAIN * (max(0.0, now - sample.sent - seconds) - self.handling)
         self._note_round_trip(sample, now, latency)
         self._bytes += sample.size
-        seconds = now - self._begun
+        passed = now - self._begun
         if self._begun < 0:
             self._begin_period(now)
-        elif seconds >= (1 if self.filling else PERIOD_TRIPS) * max(self.round_trip, PERIOD_SECONDS):
-            self._note_rate(self._bytes / seconds)
+        elif passed >= (1 if self.filling else PERIOD_TRIPS) * max(self.round_trip, PERIOD_SECONDS):
+            self._note_rate(self._bytes / passed)
             self._begin_period(now)
 
     def window(self) -> int:
         """Bytes that the background may have under way, all its requests together."""
         if self.filling:
-            return int(self._window) // self.sharers
-        total = (self.bandwidth + self.shared_rate) / self.sharers
+            return int(self._window)
         queue = max(QUEUE_SHARE * self.round_trip, QUEUE_SECONDS)
         # What a request takes beyond the round trip is its own transfer: the window is that much larger.
-        fills = total * (self.round_trip + queue) * self._pieces / (self._pieces - 1)
-        return int(max(fills, AT_LEAST * self._least(total), 2 * SMALLEST))
+        fills = self.bandwidth * (self.round_trip + queue) * self._pieces / (self._pieces - 1)
+        return int(max(fills, AT_LEAST * self._least(), 2 * SMALLEST))
 
     def request_size(self) -> int:
         """Bytes that a background request should have."""
-        share = max(self.window() / self._pieces, self._least(self.bandwidth))
+        share = max(self.window() / self._pieces, self._least())
         return int(min(LARGEST, max(SMALLEST, share)))
 
-    def _least(self, rate: float) -> float:
+    @property
+    def _near(self) -> bool:
+        return 0 < self.round_trip < NEAR
+
+    def _least(self) -> float:
         """Bytes that a request should have whatever the window, for what it costs to make one."""
-        near = 0 < self.round_trip < NEAR
-        return max(rate * REQUEST_SECONDS, min(NEAR_SIZE, rate * NEAR_SECONDS) if near else 0.0)
+        seconds = max(self.handling / AT_LEAST, NEAR_SECONDS if self._near else 0.0)
+        return max(self.bandwidth * REQUEST_SECONDS, min(NEAR_SIZE, self.bandwidth * seconds))
 
     def expected_seconds(self, size: int) -> float:
         """How long a request of ``size`` bytes takes where nothing is in its way."""
@@ -177,4 +185,4 @@ class LinkEstimate:
                 self._flat += 1
             self.filling = self._flat < PATIENCE
         self._rates.append(rate)
-        self.bandwidth = max(self._rates)
+        self.bandwidth = max(self._rates if self._near else list(self._rates)[-PERIODS:])

@@ -35,6 +35,8 @@ class Brought:
     """For each flight its verified result, or its CorruptObjectError."""
     latency: float | None
     """Seconds from the request to the first byte of its answer; None where no request was needed."""
+    seconds: float
+    """To its last byte."""
 
 
 Transfer = Callable[[list[Flight]], Brought]
@@ -207,7 +209,7 @@ class Scheduler:
         self.counters.background_requests += request.background
         self.counters.payload_bytes += request.sample.size
         if brought.latency is not None:
-            self.link.ended(request.sample, now, brought.latency)
+            self.link.ended(request.sample, now, brought.latency, brought.seconds)
         if not request.background:
             self._quiet_from = now + QUIET_SECONDS
         self._land(request, brought.results)

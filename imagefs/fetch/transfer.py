@@ -37,21 +37,22 @@ class Transfer:
             with timed() as timing:
                 block, data = get_block(self.store, first, self.chunk_pages)
             self.sink.put_block(first.digest, data)
-            return Brought([block], timing.latency)
+            return Brought([block], timing.latency, timing.seconds)
         kept = [self._verified_again(flight) for flight in flights]
         missing = [flight for flight, data in zip(flights, kept, strict=True) if data is None]
         fetched: Iterator[Result] = iter(())
         latency = None
+        seconds = 0.0
         if missing:
             with timed() as timing:
                 fetched = iter(self._fetch(missing))
-            latency = timing.latency
+            latency, seconds = timing.latency, timing.seconds
         results: list[Result] = [next(fetched) if data is None else data for data in kept]
         for flight, result in zip(flights, results, strict=True):
             stream, window = flight.key
             if stream == MEMORY and isinstance(result, bytes | memoryview):
                 self.sink.put(window * self.chunk_pages, result)
-        return Brought(results, latency)
+        return Brought(results, latency, seconds)
 
     def _fetch(self, flights: Sequence[Flight]) -> Sequence[Result]:
         wanted = [Wanted(f.what, f.ref) for f in flights if isinstance(f.ref, ChunkRef)]

@@ -32,6 +32,7 @@ from imagefs.errors import (
 from imagefs.store.answer import Answer
 from imagefs.store.base import DEFAULT_LIMIT, READ_ONLY, check_key, check_span, without_credentials
 from imagefs.store.shortcut import Shortcut
+from imagefs.store.timing import last_byte_came
 from imagefs.store.transport import Attempt, DeadlineAdapter, bounded, describe_failure
 
 STREAM_PIECE = 64 << 10
@@ -133,6 +134,7 @@ class HttpStore:
                     attempt.allow(limit if count is None else count)
                     # A 416 that is right has a body too, but not the object's.
                     data = b"" if answer.status == 416 else answer.read(count, limit)
+        last_byte_came()
         with self._lock:
             self._bytes_received += len(data)
         return data

@@ -1,4 +1,4 @@
-"""When the first byte of an answer came: what tells a link's round trip from its bandwidth.
+"""When an answer came: what tells a link's round trip from its bandwidth, and both from what this machine takes.
 
 A request and its answer happen in one thread, so who wants to know opens :func:`timed` around a store's ``get`` in the
 same thread, and the store that made the request notes the moment.
@@ -19,12 +19,18 @@ class Timing:
 
     begun: float = field(default_factory=time.monotonic)
     first_byte: float | None = None
+    last_byte: float | None = None
     ended: float = 0.0
 
     @property
     def latency(self) -> float:
         """Seconds to the first byte; to the last where the store did not say when the first came."""
         return (self.ended if self.first_byte is None else self.first_byte) - self.begun
+
+    @property
+    def seconds(self) -> float:
+        """Seconds to the last byte; with what was done with it where the store did not say when it came."""
+        return (self.ended if self.last_byte is None else self.last_byte) - self.begun
 
 
 _current = threading.local()
@@ -54,3 +60,10 @@ def first_byte_came() -> None:
     timing = getattr(_current, "timing", None)
     if timing is not None and timing.first_byte is None:
         timing.first_byte = time.monotonic()
+
+
+def last_byte_came() -> None:
+    """The answer is complete."""
+    timing = getattr(_current, "timing", None)
+    if timing is not None:
+        timing.last_byte = time.monotonic()

@@ -6,7 +6,6 @@ and half behind it.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,8 @@ class SimulatedLink:
     fair: bool = True
     stuck: Callable[[int], bool] = lambda number: False
     """Requests, by their number, whose answer never comes."""
+    handling: float = 0.0
+    """Seconds that the host takes with each answer when it has come."""
     sizes: list[int] = field(default_factory=list)
     """Of all requests so far, in order."""
     _queue: deque[_Answer] = field(default_factory=deque)
@@ -75,9 +76,11 @@ class SimulatedLink:
 
     async def _deliver(self, answer: _Answer) -> None:
         await trio.sleep(self.round_trip / 2)
+        seconds = trio.current_time() - answer.sent
+        await trio.sleep(self.handling)
         try:
             brought = answer.work()
         except Exception as error:
             answer.done(error)
         else:
-            answer.done(replace(brought, latency=answer.first) if math.isfinite(answer.first) else brought)
+            answer.done(replace(brought, latency=answer.first, seconds=seconds))

@@ -60,7 +60,7 @@ async def filling(link: SimulatedLink, connections: int = 16) -> AsyncIterator[F
                 number += 1
 
     scheduler = Scheduler(
-        lambda flights: Brought([b""] * len(flights), 0.0), note, link, connections=connections, origin="simulated"
+        lambda flights: Brought([b""] * len(flights), 0.0, 0.0), note, link, connections=connections, origin="simulated"
     )
     filled = Filled(link, scheduler)
     async with trio.open_nursery() as nursery:
@@ -123,8 +123,18 @@ def test_on_a_near_link_requests_do_not_stay_small() -> None:
         window = link.window()
         now += 0.004 + window / 250e6
         sample = link.sent(now, window, background=True, alone=False)
-        link.ended(sample, now, 0.0003)
+        link.ended(sample, now, 0.0003, 0.0003)
     assert link.request_size() > 200 << 10
+
+
+async def test_a_busy_machine_is_not_taken_for_a_slow_link(autojump_clock: MockClock) -> None:
+    """What waits for a processor is under way, but no touch is behind it on the link."""
+    async with filling(SimulatedLink(1000 * MBIT, 0.0005, handling=0.04)) as filled:
+        await trio.sleep(3)
+        since = trio.current_time()
+        await trio.sleep(2)
+        assert filled.rate(since) > 20e6
+        assert filled.scheduler.link.handling == pytest.approx(0.04, rel=0.05)
 
 
 def test_little_to_do_says_nothing_about_the_link() -> None:
@@ -136,7 +146,7 @@ def test_little_to_do_says_nothing_about_the_link() -> None:
         for _ in range(20):
             now += 0.01
             sample = link.sent(now - 0.01, int(rate / 100), background=True, alone=True)
-            link.ended(sample, now, 0.001)
+            link.ended(sample, now, 0.01, 0.01)
             if starved:
                 link.starved()
 

@@ -28,7 +28,7 @@ class Store:
 
     def transfer(self, flights: list[Flight]) -> Brought:
         self.asked.append([flight.key[1] for flight in flights])
-        return Brought([self.answer(flight) for flight in flights], 0.0)
+        return Brought([self.answer(flight) for flight in flights], 0.0, 0.0)
 
 
 @asynccontextmanager
