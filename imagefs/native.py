@@ -35,6 +35,18 @@ def scan(buf: Buffer) -> bytes:
     return bytes(ffi.buffer(bitmap))
 
 
+def page_digests(buf: Buffer) -> bytes:
+    """The BLAKE3 digests of the pages of ``buf``, end to end.
+
+    ValueError where ``buf`` is not made of whole pages.
+    """
+    source = _bytes_of(buf)
+    pages = _whole_pages("buffer", len(source))
+    out = _scratch("uint8_t[]", pages * lib.IMAGEFS_DIGEST_SIZE)
+    lib.imagefs_blake3_pages(source, pages, out)
+    return bytes(ffi.buffer(out))
+
+
 def compact(buf: Buffer, bitmap: Buffer) -> bytes:
     """The pages of ``buf`` whose bits are set, end to end.
 

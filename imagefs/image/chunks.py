@@ -15,6 +15,7 @@ import threading
 import zstandard
 from blake3 import blake3
 
+from imagefs import native
 from imagefs.errors import CorruptObjectError
 from imagefs.image.geometry import PAGE_SIZE
 
@@ -31,15 +32,9 @@ def digest(data: Buffer) -> bytes:
     return blake3(data).digest()
 
 
-def page_digests(content: Buffer) -> bytes:
-    """The digests of the content's pages, end to end: ``len(content) / PAGE_SIZE * 32`` bytes."""
-    view = memoryview(content)
-    return b"".join([blake3(view[at : at + PAGE_SIZE]).digest() for at in range(0, len(view), PAGE_SIZE)])
-
-
 def content_digest(content: Buffer) -> bytes:
     """The digest of a chunk with this content (whole pages)."""
-    return blake3(page_digests(content)).digest()
+    return digest(native.page_digests(content))
 
 
 class Codec:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from imagefs import native
 from imagefs.errors import CorruptObjectError
-from imagefs.image.chunks import DIGEST_SIZE, Codec, content_digest, digest, page_digests
+from imagefs.image.chunks import DIGEST_SIZE, Codec, content_digest, digest
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.index import (
     FANOUT,
@@ -133,7 +133,7 @@ def _digest(window: SetWindow, pages: int, content: memoryview) -> bytes:
     """The digest of the chunk with these pages, some from the content and some by their digests."""
     if not window.siblings:
         return content_digest(content)
-    carried, siblings = page_digests(content), window.siblings
+    carried, siblings = native.page_digests(content), window.siblings
     digests = []
     at = sibling = 0
     while pages:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
+from imagefs import native
 from imagefs.errors import CorruptObjectError, MissingObjectError
-from imagefs.image.chunks import DIGEST_SIZE, Codec, page_digests
+from imagefs.image.chunks import DIGEST_SIZE, Codec
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.index import FANOUT, BlockRef, ChunkRef, span
 from imagefs.image.setobject import (
@@ -149,5 +150,5 @@ def _window(reader: ImageReader, number: int, wanted: int, recordings: int, chun
         if wanted >> page & 1:
             carried += bytes_of
         else:
-            siblings += page_digests(bytes_of)
+            siblings += native.page_digests(bytes_of)
     return SetWindow(number, recordings, wanted, bytes(siblings)), bytes(carried)

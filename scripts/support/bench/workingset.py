@@ -17,8 +17,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from imagefs import native
 from imagefs.cache.disk import DiskCache
-from imagefs.image.chunks import Codec, page_digests
+from imagefs.image.chunks import Codec
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.setobject import SetBlock, SetPages, SetParser
 from imagefs.image.setverify import SetVerifier
@@ -191,6 +192,6 @@ def _bare(data: bytes, manifest: bytes, chunk_pages: int, path: Path) -> float:
         for record in records:
             if isinstance(record, SetPages):
                 content = codec.decompress(record.frame, record.pages * PAGE_SIZE)
-                page_digests(content)
+                native.page_digests(content)
                 file.write(content)
         return time.process_time() - begun
