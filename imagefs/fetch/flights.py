@@ -38,7 +38,8 @@ class Priority(IntEnum):
     TOUCH = 0
     WORKING_SET = 1
     NEIGHBOUR = 2
-    SWEEP = 3
+    LIKELY = 3
+    SWEEP = 4
 
 
 class Flight:
@@ -204,7 +205,7 @@ class FlightTable:
             return self._take(self._coalesce(self._queues[Priority.TOUCH]), now, background=False)
         if not self._room_for_background(now):
             return None
-        for priority in (Priority.WORKING_SET, Priority.NEIGHBOUR, Priority.SWEEP):
+        for priority in (Priority.WORKING_SET, Priority.NEIGHBOUR, Priority.LIKELY, Priority.SWEEP):
             if priority == Priority.SWEEP and (self.touched or not sweep):
                 break
             if self._queues[priority]:

@@ -1,14 +1,15 @@
 """What is fetched before anyone asks for it: the recorded working sets, and then the sweep; and recording the next set.
 
 The order: the published set, which streams; then what only recordings of this host have, window by window; then, if it
-is wanted, all the rest.
+is wanted, what the image itself says is likely, and all the rest.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import trio
@@ -27,7 +28,7 @@ from imagefs.store.reader import Image
 log = logging.getLogger(__name__)
 
 AHEAD = 64
-"""Windows of a local recording that are queued at a time."""
+"""Windows that are queued at a time."""
 GROUP = 32
 """Of these so many are sorted by number, so that requests for neighbours join."""
 START_SECONDS = 10.0
@@ -43,6 +44,8 @@ class ForesightTarget(SetTarget, Protocol):
 
     async def find_chunk(self, window: int, priority: Priority) -> ChunkRef | None:
         """The chunk of a window of memory. Raises StoreError where it cannot be told."""
+
+    def is_here(self, window: int) -> bool: ...
 
     def want_window(self, window: int, chunk: ChunkRef, priority: Priority) -> None: ...
 
@@ -79,20 +82,34 @@ class Foresight:
         if self.knows:
             await trio.sleep_until(self._begun + START_SECONDS)
 
+    async def fetch_likely(self, target: ForesightTarget, scheduler: Scheduler) -> None:
+        """What the image's document says is likely to be wanted. Returns when all of it is here or queued."""
+        windows = self._windows(chain.from_iterable(self._image.metadata.checked.likely))
+        await self._fetch_windows(windows, Priority.LIKELY, target, scheduler)
+
     async def _fetch_local(self, target: ForesightTarget, scheduler: Scheduler) -> None:
-        chunk_pages = self._image.manifest.chunk_pages
-        missing = (page for page in self._missing if not self._sink.has(page, 1))
-        windows = list(dict.fromkeys(page // chunk_pages for page in missing))
+        windows = self._windows(page for page in self._missing if not self._sink.has(page, 1))
         for at in range(0, len(windows), GROUP):
-            for window in sorted(windows[at : at + GROUP]):
-                await scheduler.wait_for_slack(Priority.WORKING_SET, AHEAD)
-                try:
-                    chunk = await target.find_chunk(window, Priority.WORKING_SET)
-                except StoreError as error:
-                    log.info("not fetched ahead: window %d: %s", window, error)
-                    continue
-                if chunk is not None:
-                    target.want_window(window, chunk, Priority.WORKING_SET)
+            group = sorted(windows[at : at + GROUP])
+            await self._fetch_windows(group, Priority.WORKING_SET, target, scheduler)
+
+    def _windows(self, pages: Iterable[int]) -> list[int]:
+        """Those that the pages are in, in their order."""
+        chunk_pages = self._image.manifest.chunk_pages
+        return list(dict.fromkeys(page // chunk_pages for page in pages))
+
+    async def _fetch_windows(
+        self, windows: Iterable[int], priority: Priority, target: ForesightTarget, scheduler: Scheduler
+    ) -> None:
+        for window in windows:
+            await scheduler.wait_for_slack(priority, AHEAD)
+            try:
+                chunk = await target.find_chunk(window, priority)
+            except StoreError as error:
+                log.info("not fetched ahead: window %d: %s", window, error)
+                continue
+            if chunk is not None and not target.is_here(window):
+                target.want_window(window, chunk, priority)
 
     # --- recording
 

@@ -190,9 +190,10 @@ class OpenedImage:
                 nursery.start_soon(self._fetch_ahead, name="ahead")
 
     async def _fetch_ahead(self) -> None:
-        """The working set, then the sweep if it is wanted."""
+        """The working set, then what is likely and the sweep, if they are wanted."""
         await self.foresight.fetch(self, self.scheduler)
         if self._options.prefetch == "all":
+            await self.foresight.fetch_likely(self, self.scheduler)
             await sweep(self._image.manifest.streams[MEMORY], self._chunk_pages, self, self.scheduler)
 
     # --- reading
@@ -272,6 +273,9 @@ class OpenedImage:
         stream, number = flight.key
         if stream == MEMORY:
             self._pages.window_landed(number)
+            if flight.priority == Priority.LIKELY:
+                first = number * self._chunk_pages
+                self.trace.guessed(first, min(self._chunk_pages, self._geometry.pages - first))
         else:
             self._windows[stream, number] = bytes(result)
 

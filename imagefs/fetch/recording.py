@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
-from imagefs.fetch.trace import OWN
+from imagefs.fetch.trace import LIKELY, OWN
 from imagefs.image.workingset import LIMIT, WorkingSet, merge, recorded
 
 RECORDING_SECONDS = 60.0
@@ -54,11 +55,17 @@ def working_set_of(touches: Iterable[Touch], chunk_pages: int, limit: int = LIMI
 
     Where restore helpers have written touches, only those count: what the mount saw itself are the helpers' reads. A
     helper installs all that arrives with the page that was touched, so that touches of the rest of its window are not
-    seen: it counts as touched as a whole. The kernel's reads for a mapping are seen page by page.
+    seen: it counts as touched as a whole. The kernel's reads for a mapping are seen page by page. What was fetched for
+    being likely, and installed before it was touched, counts as touched last: otherwise the set would be what was not
+    likely, and who has it would wait for all the rest.
     """
     runs: list[list[Touch]] = []
     latest: dict[str, list[Touch]] = {}
+    guessed: list[Touch] = []
     for touch in touches:
+        if touch.origin == LIKELY:
+            guessed.append(touch)
+            continue
         run = latest.get(touch.origin)
         # A helper's clock begins with the helper: when it runs backwards, another guest was started.
         if run is None or touch.seconds < run[-1].seconds - 1.0:
@@ -67,7 +74,17 @@ def working_set_of(touches: Iterable[Touch], chunk_pages: int, limit: int = LIMI
         run.append(touch)
     helpers = [run for run in runs if run[0].origin != OWN]
     unit = chunk_pages if helpers else 1
-    return merge([_recording(run, unit, limit) for run in helpers or runs], limit)
+    found = merge([_recording(run, unit, limit) for run in helpers or runs], limit)
+    return _with_guessed(found, guessed, limit) if helpers else found
+
+
+def _with_guessed(found: WorkingSet, guessed: Iterable[Touch], limit: int) -> WorkingSet:
+    often = dict(found.items())
+    for touch in guessed:
+        for page in range(touch.page, touch.page + touch.count):
+            often.setdefault(page, 1)
+    kept = list(islice(often, limit))
+    return WorkingSet(tuple(kept), tuple(often[page] for page in kept))
 
 
 def _recording(run: list[Touch], unit: int, limit: int) -> WorkingSet:

@@ -13,6 +13,9 @@ LIMIT = 1 << 17
 fill the daemon's memory."""
 MAX_ORIGIN = 32
 OWN = "read"
+LIKELY = "likely"
+"""The origin of lines that are no touches: what was here before anyone asked, because the image says that it is likely
+to be wanted. A pager that has it installed does not see its touches."""
 
 
 class TouchTrace:
@@ -36,6 +39,11 @@ class TouchTrace:
         if page not in self._touched and len(self._first) < LIMIT:
             self._touched.add(page)
             self._add(time.monotonic() - self._begun, page, count, 0)
+
+    def guessed(self, page: int, count: int) -> None:
+        """These pages have been fetched for being likely to be wanted."""
+        if len(self._first) < LIMIT:
+            self._add(time.monotonic() - self._begun, page, count, self._origin_number(LIKELY))
 
     def text(self) -> bytes:
         lines = zip(self._seconds, self._first, self._count, self._origin, strict=True)

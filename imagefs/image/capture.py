@@ -89,5 +89,7 @@ class Capture:
     """Page-table frames, which travel with the metadata, and kernel text. A reader leaves this empty, unless its source
     says itself which pages are page tables (as Xen's streams of PV guests do): otherwise they are found from ``vcpus``,
     see :mod:`imagefs.formats.structure`."""
+    likely: tuple[range, ...] = ()
+    """Runs of pages that the guest will probably touch first, the most wanted first. A reader leaves it empty, too."""
     native_files: tuple[NativeFile, ...] = ()
     """The files that ``native`` holds end to end, where a directory was split; empty where it is one file."""

@@ -29,6 +29,8 @@ class Document:
     geometry: Geometry
     kinds: tuple[PageKind, ...]
     vcpus: tuple[VcpuState, ...]
+    likely: tuple[range, ...]
+    """Runs of pages that the guest will probably touch first, the most wanted first."""
     state_bytes: int
     native_bytes: int
     config: list[str]
@@ -53,6 +55,7 @@ def parse_document(text: bytes, *, key: str, origin: str) -> Document:
         geometry,
         tuple(_kinds(fields, geometry.pages)),
         tuple(parse_vcpus(fields)),
+        tuple(_likely(fields, geometry.pages)),
         fields.integer("state_bytes"),
         fields.integer("native_bytes"),
         _config(fields),
@@ -81,6 +84,16 @@ def _kinds(fields: Fields, pages: int) -> Iterator[PageKind]:
         if not isinstance(kind, str) or _KIND.fullmatch(kind) is None:
             raise fields.bad("page_tables", "a kind is not a word")
         yield PageKind(first, count, kind)
+
+
+def _likely(fields: Fields, pages: int) -> Iterator[range]:
+    for item in fields.items("likely") if "likely" in fields.value else ():
+        if not isinstance(item, list) or len(item) != 2 or not all(is_integer(number) for number in item):
+            raise fields.bad("likely", "an item is not [page number, count]")
+        first, count = item
+        if not 0 < count <= pages - first:
+            raise fields.bad("likely", f"{count} pages from {first} on are not in memory")
+        yield range(first, first + count)
 
 
 def _config(fields: Fields) -> list[str]:

@@ -37,7 +37,8 @@ BANNER_WITHIN = 32 << 20
 _GATE = struct.Struct("<HHHHII")
 _GATES = 256
 _PRESENT, _TYPE, _INTERRUPT, _TRAP = 1 << 15, 0xF << 8, 0xE << 8, 0xF << 8
-_USER_TABLES = 0x1000
+USER_TABLES = 0x1000
+"""The bit of CR3 that is set while page tables are in force that have little of the kernel, if the guest has such."""
 _PIECE = 1 << 20
 
 
@@ -47,7 +48,7 @@ def kernel_text(memory: ByteSource, geometry: Geometry, vcpus: Iterable[VcpuStat
     for vcpu in vcpus:
         if vcpu.levels < 4 or vcpu.cr3 is None or vcpu.idt_base is None:
             continue
-        for cr3 in sorted({vcpu.cr3 & ~_USER_TABLES, vcpu.cr3}):
+        for cr3 in sorted({vcpu.cr3 & ~USER_TABLES, vcpu.cr3}):
             space = AddressSpace(memory, geometry, replace(vcpu, cr3=cr3))
             found = _text(space, _handlers(space, vcpu.idt_base))
             if found is not None:

@@ -10,6 +10,7 @@ import logging
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 from imagefs.image import paging
 from imagefs.image.capture import ByteSource
@@ -40,33 +41,50 @@ class MappedPage:
     dirty: bool
 
 
+class Half(Enum):
+    """Of the address space of a 64-bit guest: programs are in the lower one, the kernel is in the upper one."""
+
+    LOWER = range(_UPPER_HALF)
+    UPPER = range(_UPPER_HALF, 2 * _UPPER_HALF)
+
+
 class _LimitReachedError(Exception):
     pass
 
 
 def mapped_pages(
-    memory: ByteSource, geometry: Geometry, vcpu: VcpuState, *, limit: int = MAX_TABLES
+    memory: ByteSource, geometry: Geometry, vcpu: VcpuState, *, limit: int = MAX_TABLES, half: Half | None = None
 ) -> Iterator[MappedPage]:
     """By virtual address, ascending as an unsigned number. Nothing while paging is off.
 
     Also what is mapped to no RAM: devices. After ``limit`` tables it ends, with a warning; tables outside RAM are
     passed over. Raises nothing for the memory's contents.
+
+    Of one ``half`` alone it is a sample, without a warning: what one table maps in several places is listed in the
+    first, so tables that lead to themselves are soon done with.
     """
     form = paging.Form.of(vcpu)
     if not form.levels:
         return
+    reader = _Reader(memory, geometry, form, limit, half)
     try:
-        yield from _Reader(memory, geometry, form, limit).below(form.root(vcpu.cr3 or 0), form.levels, 0, _RIGHTS)
+        yield from reader.below(form.root(vcpu.cr3 or 0), form.levels, 0, _RIGHTS)
     except _LimitReachedError:
-        log.warning("the list of what the guest has mapped ends after %d page tables", limit)
+        if half is None:
+            log.warning("the list of what the guest has mapped ends after %d page tables", limit)
 
 
 class _Reader:
-    def __init__(self, memory: ByteSource, geometry: Geometry, form: paging.Form, limit: int) -> None:
+    def __init__(
+        self, memory: ByteSource, geometry: Geometry, form: paging.Form, limit: int, half: Half | None
+    ) -> None:
         self._memory = memory
         self._geometry = geometry
         self._form = form
         self._left = limit
+        self._once = half is not None
+        self._seen: set[tuple[int, int]] = set()
+        self._wanted = range(form.entries(form.levels)) if half is None else half.value
 
     def below(self, table: int, level: int, virtual: int, rights: int) -> Iterator[MappedPage]:
         """``rights``: what the levels above leave of writable and user, and no-execute if one of them has it."""
@@ -74,6 +92,8 @@ class _Reader:
         shift = form.shift(level)
         for index, entry in enumerate(self._entries(table, level)):
             if not entry & paging.PRESENT or form.is_reserved(level, entry):
+                continue
+            if level == form.levels and index not in self._wanted:
                 continue
             at = virtual | index << shift
             if level == form.levels >= paging.PML4 and index >= _UPPER_HALF:
@@ -90,8 +110,12 @@ class _Reader:
         page = self._geometry.page_of_pfn(table // PAGE_SIZE)
         if page is None:
             return ()
+        if self._once and (table, level) in self._seen:
+            return ()
         if not self._left:
             raise _LimitReachedError
+        if self._once:
+            self._seen.add((table, level))
         self._left -= 1
         count, size = self._form.entries(level), self._form.entry_size
         data = self._memory.read_at(page * PAGE_SIZE + table % PAGE_SIZE, count * size)

@@ -240,4 +240,5 @@ def _document(capture: Capture) -> dict[str, Any]:
         "restore": dict(capture.restore),
         "vcpus": [describe_vcpu(vcpu) for vcpu in capture.vcpus],
         "page_tables": [[kind.first, kind.count, kind.kind] for kind in capture.essential],
+        **({"likely": [[run.start, len(run)] for run in capture.likely]} if capture.likely else {}),
     }

@@ -47,6 +47,7 @@ def capture_of(
     restore: Mapping[str, Any] | None = None,
     vcpus: tuple[VcpuState, ...] = (),
     essential: tuple[PageKind, ...] = (),
+    likely: tuple[range, ...] = (),
 ) -> Capture:
     return Capture(
         "raw",
@@ -59,4 +60,5 @@ def capture_of(
         restore or {},
         vcpus,
         essential,
+        likely,
     )

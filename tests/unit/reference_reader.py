@@ -268,6 +268,10 @@ class ReferenceReader:
             need(0 < integer(item[1], "page tables") <= end // PAGE - integer(item[0], "page tables"), "page tables")
             need(isinstance(item[2], str) and re.fullmatch("[a-z][a-z0-9_-]{0,31}", item[2]) is not None, "page tables")
 
+        for item in document.get("likely", []):
+            need(isinstance(item, list) and len(item) == 2, "likely")
+            need(0 < integer(item[1], "likely") <= end // PAGE - integer(item[0], "likely"), "likely")
+
     def check_native_files(self, files: object) -> None:
         need(isinstance(files, list) and len(files) > 0, "native files")
         assert isinstance(files, list)

@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import trio
+import trio.testing
 
 from imagefs.cache.disk import DiskCache
 from imagefs.cache.memory import MemoryCache
@@ -137,6 +139,44 @@ async def test_the_sweep_brings_everything_and_says_so(setup: Setup) -> None:
         covered = {page for run in runs for page in range(run.page, run.page + run.count)}
         assert covered == set(range(PAGES))
         assert opened.scheduler.counters.requests < opened.scheduler.counters.chunks
+
+
+def likely_setup(setup: Setup, *likely: range) -> Setup:
+    document = replace(setup.image.metadata.checked, likely=likely)
+    setup.image = replace(setup.image, metadata=replace(setup.image.metadata, checked=document))
+    return setup
+
+
+async def test_what_is_likely_comes_before_the_rest_in_its_order(setup: Setup) -> None:
+    likely_setup(setup, range(16 * 30 + 3, 16 * 31 + 1), range(16 * 9, 16 * 9 + 2))
+    async with setup.open(FetchOptions(connections=1)) as opened:
+        await until(lambda: opened.arrivals.complete)
+        assert opened.read_present("memory", 0, len(MEMORY), touch=False) == MEMORY
+        lines = [line.split() for line in opened.trace.text().decode().splitlines()]
+    assert [(int(page), int(count), origin) for _, page, count, origin in lines] == [
+        (16 * 30, 16, "likely"),
+        (16 * 31, 16, "likely"),
+        (16 * 9, 16, "likely"),
+    ]
+    offsets = [at for _, at, _ in setup.store.gets]
+    assert offsets[0] > offsets[1] > offsets[2] == min(offsets), "windows 30 and 31, then 9, then the sweep"
+
+
+@pytest.mark.parametrize("prefetch", ["none", "ws"])
+async def test_what_is_likely_is_not_fetched_unless_all_is(
+    setup: Setup, prefetch: Literal["none", "ws"], autojump_clock: trio.testing.MockClock
+) -> None:
+    likely_setup(setup, range(16 * 30, 16 * 31))
+    async with setup.open(FetchOptions(prefetch=prefetch)):
+        await trio.sleep(60)
+    assert not setup.store.gets
+
+
+async def test_what_is_likely_and_cannot_be_had_is_left_to_whoever_touches_it(setup: Setup) -> None:
+    likely_setup(setup, range(PAGES))
+    async with setup.open(FetchOptions()) as opened:
+        assert await opened.read("memory", AT, 100) == MEMORY[AT : AT + 100]
+        await until(lambda: opened.arrivals.complete)
 
 
 async def test_arrivals_are_told_as_they_come(setup: Setup) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from imagefs.image.capture import BytesSource
 from imagefs.image.geometry import PAGE_SIZE, flat_geometry
-from imagefs.image.mappings import MappedPage, mapped_pages
+from imagefs.image.mappings import Half, MappedPage, mapped_pages
 from imagefs.image.translate import AddressSpace
 from imagefs.image.vcpu import VcpuState
 from tests.unit.tables import NO_EXECUTE, PRESENT, USER, WRITABLE, Mapper, Ram, paging
@@ -42,6 +42,29 @@ def test_what_was_mapped(levels: int, rng: random.Random) -> None:
         entry = mapped[page.virtual]
         assert (page.physical, page.size) == (entry & -PAGE_SIZE, PAGE_SIZE)
         assert (page.accessed, page.dirty) == (bool(entry & ACCESSED), bool(entry & DIRTY))
+
+
+def test_halves() -> None:
+    ram = Ram(256, 128)
+    mapper = Mapper(ram, 4, range(1, 128))
+    for virtual in (0x1000, 0x7FFF_FFFF_F000, 0xFFFF_8000_0000_0000, 0xFFFF_FFFF_FFFF_F000):
+        mapper.map(virtual, ram.address(200) | PRESENT)
+    vcpu, memory = paging(4, mapper.root), BytesSource(bytes(ram.data))
+    lower, upper = (list(mapped_pages(memory, ram.geometry, vcpu, half=half)) for half in (Half.LOWER, Half.UPPER))
+    assert [page.virtual for page in lower] == [0x1000, 0x7FFF_FFFF_F000]
+    assert [page.virtual for page in upper] == [0xFFFF_8000_0000_0000, 0xFFFF_FFFF_FFFF_F000]
+    assert lower + upper == listed(ram, vcpu)
+    assert list(mapped_pages(memory, ram.geometry, vcpu, half=Half.UPPER, limit=4)) == upper[:1], "and no warning"
+
+
+def test_tables_that_lead_to_themselves_are_listed_once_in_a_half() -> None:
+    ram = Ram(64, 64)
+    root = 3 * PAGE_SIZE
+    for index in range(512):
+        ram.set(root, index, root | PRESENT)
+    found = list(mapped_pages(BytesSource(bytes(ram.data)), ram.geometry, paging(4, root), half=Half.LOWER))
+    assert len(found) == 512
+    assert {page.physical for page in found} == {root}
 
 
 def test_rights_and_large_pages() -> None:

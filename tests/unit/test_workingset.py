@@ -138,6 +138,15 @@ def test_what_helpers_touch_are_windows() -> None:
     assert working_set_of(touches([70, 3], "read"), 16).pages == (70, 3)
 
 
+def test_what_was_here_for_being_likely_comes_last_where_its_touches_are_not_seen() -> None:
+    guessed = [Touch(0.1, 32, 16, "likely"), Touch(0.2, 70, 1, "likely")]
+    found = working_set_of([*guessed, *touches([70, 3], "pager")], 1)
+    assert found.pages == (70, 3, *range(32, 48))
+    assert working_set_of([*guessed, *touches([70, 3], "pager")], 1, limit=4).pages == (70, 3, 32, 33)
+    assert working_set_of([*guessed, *touches([70, 3], "read")], 1).pages == (70, 3), "touches of a mapping are seen"
+    assert not len(working_set_of(guessed, 1)), "nobody has started a guest"
+
+
 def test_two_guests_in_one_trace_are_two_recordings() -> None:
     found = working_set_of([*touches(GUEST, "pager", 100.0), *touches(GUEST[:100], "pager", 0.5)], 1)
     assert found.pages[:100] == tuple(GUEST[:100])
