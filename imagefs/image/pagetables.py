@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 MAX_FRAMES = 16384
 """Page tables for 32 GiB in pages of 4 KiB. If all are scattered their list takes 70 KB of the metadata object."""
+MAX_OUTSIDE = 1024
+"""Tables outside RAM that are told apart: hostile tables name 512 in each frame."""
 
 _LONG_ENTRIES = struct.Struct("<512Q")
 _SHORT_ENTRIES = struct.Struct("<1024I")
@@ -61,8 +63,9 @@ def walk(
         log.warning("the walk of the guest's page tables ends at %d frames", limit)
     if walker.outside:
         log.warning(
-            "%d of the guest's page tables are not in its RAM and passed over: the first at %#x",
+            "%d%s of the guest's page tables are not in its RAM and passed over: the first at %#x",
             len(walker.outside),
+            " or more" if len(walker.outside) == MAX_OUTSIDE else "",
             min(walker.outside),
         )
     return tuple(_runs(walker.found))
@@ -74,7 +77,7 @@ class _LimitReachedError(Exception):
 
 class _Walker:
     """``found``: the level by page number. A frame that is in it is not visited again, so loops end.
-    ``outside``: addresses of tables that are not in RAM.
+    ``outside``: addresses of tables that are not in RAM, the first MAX_OUTSIDE.
 
     Levels are finished from the top down, so a frame is visited in its highest role. That role finds whatever a
     lower one would: the same entries lead to the same frames, from which there are more levels to go. (Of a PAE root
@@ -137,7 +140,8 @@ class _Walker:
         for address in addresses:
             page = self._geometry.page_of_pfn(address // PAGE_SIZE)
             if page is None:
-                self.outside.add(address)
+                if len(self.outside) < MAX_OUTSIDE:
+                    self.outside.add(address)
             elif page not in self.found:
                 if len(self.found) >= self._limit:
                     raise _LimitReachedError

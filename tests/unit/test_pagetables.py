@@ -138,6 +138,21 @@ def test_root_outside_ram(levels: int, root: int) -> None:
     assert walked(ram, paging(levels, root)) == {}
 
 
+@pytest.mark.expect_log("not in its RAM")
+def test_many_tables_outside_ram(caplog: pytest.LogCaptureFixture) -> None:
+    """They are remembered up to a limit, since each frame can name 512 of them."""
+    ram = Ram(32)
+    for number in range(3):
+        table = (number + 1) * PAGE_SIZE
+        ram.set(0, number, table | PRESENT)
+        for index in range(512):
+            ram.set(table, index, (0x100 + 512 * number + index) * PAGE_SIZE | PRESENT)
+    assert walked(ram, paging(4, 0)) == {0: "pml4", 1: "pdpt", 2: "pdpt", 3: "pdpt"}
+    assert [record.getMessage() for record in caplog.records] == [
+        "1024 or more of the guest's page tables are not in its RAM and passed over: the first at 0x100000"
+    ]
+
+
 # Page-table isolation: the kernel's PGD and the user's in one aligned pair of pages.
 
 
