@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.mounts import mounted
+
 from imagefs.image.capture import ByteSource, Capture
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.image.native_reader import NativeReader
@@ -143,6 +145,19 @@ def same_memory(found: bytes, flat: bytes) -> None:
 def check_native(capture: Capture, path: Path) -> None:
     reader = NativeReader(capture.native, capture.memory)
     assert content(reader) == path.read_bytes()
+
+
+@contextlib.contextmanager
+def split_and_mounted(path: Path, directory: Path, imagefs: list[str], *memory: Path) -> Iterator[Path]:
+    """The mountpoint of the file's image, once ``native`` was found to be that file."""
+    directory.mkdir()
+    options = [word for each in memory for word in ("--memory", str(each))]
+    command = [*imagefs, "split", "-q", *options, str(path), str(directory / "store" / "vm")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    with mounted(f"{directory}/store/vm", directory / "mnt", "nocache") as mountpoint:
+        subprocess.run(["cmp", str(path), str(mountpoint / "native")], check=True)
+        yield mountpoint
 
 
 def check_load(directory: Path, machine: str, capture: Capture, qemu: str = QEMU) -> None:

@@ -16,7 +16,7 @@ from imagefs.formats import open_capture
 from imagefs.image.capture import Capture
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.restore.qmp import Qmp
-from tests.vm.machines import MEMORY, check_native, content, firmware
+from tests.vm.machines import MEMORY, check_native, content, firmware, split_and_mounted
 
 VCPUS = 2
 
@@ -47,7 +47,7 @@ def check_memory(capture: Capture, flat: bytes) -> None:
 
 
 @pytest.mark.parametrize("machine", ["pc", "q35"])
-def test_firmware(machine: str, tmp_path: Path) -> None:
+def test_firmware(machine: str, tmp_path: Path, imagefs: list[str]) -> None:
     """Both forms of a dump have the same memory, and the same vCPUs."""
     with firmware(tmp_path / "source", machine, None, "-smp", "2") as vm:
         vm.qmp.execute("stop")
@@ -69,6 +69,9 @@ def test_firmware(machine: str, tmp_path: Path) -> None:
         assert capture.restore == {}
         check_pipe(elf, tmp_path, capture)
         check_pipe(kdump, tmp_path, packed)
+        for path, held in ((elf, capture), (kdump, packed)):
+            with split_and_mounted(path, tmp_path / f"mounted-{path.name}", imagefs) as mountpoint:
+                assert (mountpoint / "memory").read_bytes() == content(held.memory)
 
 
 def test_linux(tmp_path: Path) -> None:

@@ -7,12 +7,21 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.mounts import mounted
 from support.qemu_versions import backports_qemu, qemu_programs
 
 from imagefs.formats import open_capture
 from imagefs.image.capture import Capture
-from tests.vm.machines import MEMORY, Machine, check_load, check_native, content, firmware, running, same_memory
+from tests.vm.machines import (
+    MEMORY,
+    Machine,
+    check_load,
+    check_native,
+    content,
+    firmware,
+    running,
+    same_memory,
+    split_and_mounted,
+)
 
 MIB = 1 << 20
 
@@ -105,12 +114,8 @@ def test_mapped_ram(multifd: bool, imagefs: list[str], tmp_path: Path) -> None:
             with open_capture(cat.stdout, spool_dir=tmp_path) as piped:
                 assert content(piped.memory) == content(capture.memory)
                 assert content(piped.state) == content(capture.state)
-    command = [*imagefs, "split", "-q", str(path), str(tmp_path / "store" / "vm")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    with mounted(f"{tmp_path}/store/vm", tmp_path / "mnt", "nocache"):
-        subprocess.run(["cmp", str(path), str(tmp_path / "mnt" / "native")], check=True)
-        same_memory(flat, (tmp_path / "mnt" / "memory").read_bytes())
+    with split_and_mounted(path, tmp_path / "mounted", imagefs) as mountpoint:
+        same_memory(flat, (mountpoint / "memory").read_bytes())
 
 
 def sections_before_devices(capture: Capture) -> int:

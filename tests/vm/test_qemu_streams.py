@@ -11,11 +11,20 @@ import pytest
 from imagefs.errors import UnsupportedInputError
 from imagefs.formats import open_capture
 from imagefs.image.capture import Capture
-from tests.vm.machines import MEMORY, check_load, check_native, content, firmware, running, same_memory
+from tests.vm.machines import (
+    MEMORY,
+    check_load,
+    check_native,
+    content,
+    firmware,
+    running,
+    same_memory,
+    split_and_mounted,
+)
 
 
 @pytest.mark.parametrize(("machine", "own_file"), [("pc", True), ("q35", True), ("q35", False)])
-def test_saved_and_loaded(machine: str, own_file: bool, tmp_path: Path) -> None:
+def test_saved_and_loaded(machine: str, own_file: bool, tmp_path: Path, imagefs: list[str]) -> None:
     """Plain, zlib-compressed and x-ignore-shared saves of one guest: alike but for how they were saved."""
     file = tmp_path / "ram" if own_file else None
     with firmware(tmp_path / "source", machine, file) as vm:
@@ -46,6 +55,8 @@ def test_saved_and_loaded(machine: str, own_file: bool, tmp_path: Path) -> None:
             check_load(tmp_path / kind, machine, capture)
             if kind != "shared":
                 check_pipe(path, tmp_path, capture)
+        with split_and_mounted(path, tmp_path / f"mounted-{kind}", imagefs, *memory_files) as mountpoint:
+            same_memory(flats[kind], (mountpoint / "memory").read_bytes())
     # Alike up to the first device, which keeps the time; QEMU's threads that compress change the order of pages.
     ram = {kind: state[: state.index(b"\5timer")] for kind, state in states.items()}
     assert len(ram["zlib"]) == len(ram["plain"])
