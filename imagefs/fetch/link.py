@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 SMALLEST, LARGEST = 32 << 10, 2 << 20
 """Bytes of a background request."""
-FIRST_WINDOW = 128 << 10
+FIRST_WINDOW = 256 << 10
 """Bytes under way before anything is known; doubled from there for as long as the rate follows."""
 QUEUE_SHARE, QUEUE_SECONDS = 0.05, 0.0005
 """How long what is under way may queue: this share of the round trip, or so many seconds where that is more. Without
@@ -27,9 +27,11 @@ than they save anyone's waiting."""
 NEAR, NEAR_SECONDS, NEAR_SIZE = 0.002, 0.005, 256 << 10
 """On a link with a shorter round trip this machine sets the pace: requests are of so many seconds there, up to so many
 bytes. With small ones the rate stays low, and with the rate the requests (on loopback they stayed at 45 KB)."""
-HANDLING_GAIN = 1 / 16
+HANDLING_GAIN, HANDLED = 1 / 16, 2 << 20
 """Weight of one request in the average time that this machine takes for one. A busy machine takes as long as a far
-link, and what waits for a processor is no queue in the network: with 40 ms and windows of 20 ms a rate only falls."""
+link, and what waits for a processor is no queue in the network. Without it the window follows a falling rate: 1 Gbit/s
+and 10 ms became 0.3 Gbit/s with 10 ms for each request. Up to so many bytes: a processor that cannot follow takes
+longer the more it is given."""
 AT_LEAST = 4
 """Requests under way, even where fewer would fill the link: while one is decompressed, others are transferred."""
 PACE, PACE_FILLING = 1.05, 2.0
@@ -128,7 +130,8 @@ class LinkEstimate:
         queue = max(QUEUE_SHARE * self.round_trip, QUEUE_SECONDS)
         # What a request takes beyond the round trip is its own transfer: the window is that much larger.
         fills = self.bandwidth * (self.round_trip + queue) * self._pieces / (self._pieces - 1)
-        return int(max(fills, AT_LEAST * self._least(), 2 * SMALLEST))
+        handled = min(HANDLED, self.bandwidth * self.handling)
+        return int(max(fills + handled, AT_LEAST * self._least(), 2 * SMALLEST))
 
     def request_size(self) -> int:
         """Bytes that a background request should have."""
@@ -141,8 +144,8 @@ class LinkEstimate:
 
     def _least(self) -> float:
         """Bytes that a request should have whatever the window, for what it costs to make one."""
-        seconds = max(self.handling / AT_LEAST, NEAR_SECONDS if self._near else 0.0)
-        return max(self.bandwidth * REQUEST_SECONDS, min(NEAR_SIZE, self.bandwidth * seconds))
+        near = min(NEAR_SIZE, self.bandwidth * NEAR_SECONDS) if self._near else 0.0
+        return max(self.bandwidth * REQUEST_SECONDS, near)
 
     def expected_seconds(self, size: int) -> float:
         """How long a request of ``size`` bytes takes where nothing is in its way."""
