@@ -331,6 +331,7 @@ async def open_image(location: str, options: FetchOptions, make_sink: SinkFactor
     where = parse_location(location)
     # One more, for the working set.
     store = open_store(where, connections=options.connections + 1)
+    sink: PageSink | None = None
     try:
         async with trio.open_nursery() as nursery:
             pointer = await _in_thread(load_name, store, where.name)
@@ -340,17 +341,17 @@ async def open_image(location: str, options: FetchOptions, make_sink: SinkFactor
                 nursery.start_soon(published.begin, name="working set")
             image = await _in_thread(load_named, store, where.name, pointer, Codec())
             sink = await trio.to_thread.run_sync(make_sink, image)
+            opened = OpenedImage(str(where), image, store, sink, options, published)
+            nursery.start_soon(opened.run, name="fetch")
             try:
-                opened = OpenedImage(str(where), image, store, sink, options, published)
-                nursery.start_soon(opened.run, name="fetch")
-                try:
-                    yield opened
-                finally:
-                    opened.foresight.save()
-                nursery.cancel_scope.cancel()
+                yield opened
             finally:
-                sink.close()
+                opened.foresight.save()
+            nursery.cancel_scope.cancel()
     finally:
+        # Not before the tasks have ended: until then results land.
+        if sink is not None:
+            sink.close()
         store.close()
 
 

@@ -236,6 +236,7 @@ def test_a_touch_overtakes_the_stream(image: RealImage, server: Nginx, mount: Mo
     record(image, mount, image.path, pages)
     with Link(server.address, mbit=4, rtt_ms=5) as link:
         mounted = mount(f"{link.url}/vm1", "prefetch=ws")
+        wait_until(lambda: mounted.status()["working_set"]["state"] == "streaming", "the set is on its way")
         touch(mounted, image, pages[-1:])
         status = mounted.status()
         assert status["working_set"]["state"] == "streaming"

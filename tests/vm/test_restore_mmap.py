@@ -147,7 +147,7 @@ def test_what_cannot_match_is_refused(pc: SavedVm, imagefs: list[str], arguments
 
 
 def test_program_that_is_no_qemu(pc: SavedVm, imagefs: list[str]) -> None:
-    command = [*imagefs, "restore", str(pc.directory), "--", "false", "-M", "pc"]
+    command = [*imagefs, "restore", str(pc.directory), "--", "false", "-M", "pc-i440fx-2.12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "false -machine help failed, is it a QEMU?" in done.stderr
