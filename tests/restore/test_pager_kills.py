@@ -48,6 +48,12 @@ def served(socket: Path) -> int:
     return found.faults if found else 0
 
 
+def removed(socket: Path) -> int:
+    """Pages that the VMM has given back."""
+    found = counted(socket)
+    return found.removed_pages if found else 0
+
+
 def has_served(socket: Path, touches: int) -> bool:
     return served(socket) > touches
 
@@ -58,7 +64,7 @@ def test_kills(vmm: Program, slow_mount: tuple[Path, Link], tmp_path: Path, rng:
     killed: list[int] = []
     with listening(mountpoint, socket, log) as command:
         with vmm.running(socket, PAGES, rng.getrandbits(60), "regions=3") as guest:
-            while len(killed) < KILLS:
+            while len(killed) < KILLS or not removed(socket):
                 worker = command.worker(*killed)
                 if rng.random() < 0.7:
                     # At work; the others as they begin.
@@ -80,7 +86,6 @@ def test_kills(vmm: Program, slow_mount: tuple[Path, Link], tmp_path: Path, rng:
             statistics = counted(socket)
             assert statistics is not None
             assert statistics.takeovers > KILLS // 2
-            assert statistics.removed_pages > 0
             # It was loaded on demand all the while.
             assert statistics.copied_pages < PAGES * 6 // 7
             link.set(mbit=10_000.0)
