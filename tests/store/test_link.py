@@ -35,16 +35,16 @@ def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
 
 @pytest.mark.parametrize(("mbit", "rtt"), [(100.0, 40.0), (20.0, 5.0), (1000.0, 0.0)])
 def test_accuracy(mbit: float, rtt: float) -> None:
-    """As fast as it says, and no faster, in one of three attempts: others use this machine, too, and whoever comes late
-    to read finds more than its share."""
+    """Never faster than it says. As fast as that in one of three attempts: others use this machine, too."""
     size = int(min(5_000_000, mbit * 1e6 / 8))
     for _ in range(3):
         found = measure(mbit, rtt, size)
         assert found.rtt_ms >= rtt
         assert found.first_answer_ms >= 2 * rtt
-        if 0.85 * mbit <= found.mbit <= 1.10 * mbit and found.rtt_ms <= rtt + 10:
+        assert found.mbit <= 1.10 * mbit
+        if found.mbit >= 0.85 * mbit and found.rtt_ms <= rtt + 10:
             return
-    pytest.fail(f"three times not what it should be, the last time {found}")
+    pytest.fail(f"three times too slow, the last time {found}")
 
 
 def test_more_than_a_gigabit() -> None:
