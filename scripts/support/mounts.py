@@ -29,14 +29,17 @@ def mounted(location: str, mountpoint: Path, options: str = "") -> Iterator[Path
 def _mount(command: list[str]) -> None:
     # A session of its own: Ctrl-C in the terminal is for us, and mount.imagefs is told to end, not killed: killed it
     # could leave a daemon behind that is about to mount.
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        try:
-            _, said = process.communicate()
-        except BaseException:
-            with uninterrupted():
+    process = None
+    try:
+        with uninterrupted():
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        _, said = process.communicate()
+    except BaseException:
+        with uninterrupted():
+            if process is not None:
                 process.terminate()
-                process.wait()
-            raise
+                process.communicate()
+        raise
     if process.returncode:
         raise MountFailedError(f"{' '.join(command)}: {said.strip()}")
 

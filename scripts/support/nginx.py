@@ -165,15 +165,16 @@ class Nginx:
         config.write_text(
             _CONFIG.format(work=self._work, root=self._root, port=port, server_config=self._server_config)
         )
-        # A session of its own: Ctrl-C in the terminal goes to us, and we end it.
-        process = subprocess.Popen(
-            ["nginx", "-e", str(self._work / "error.log"), "-p", str(self._work), "-c", str(config)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._process = process
+        with uninterrupted():
+            # A session of its own: Ctrl-C in the terminal goes to us, and we end it.
+            process = subprocess.Popen(
+                ["nginx", "-e", str(self._work / "error.log"), "-p", str(self._work), "-c", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            self._process = process
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if process.poll() is not None:

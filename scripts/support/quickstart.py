@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ class Quickstart:
             plain = self._plain_save()
         stored = sum(p.stat().st_size for p in (self.store / "objects").rglob("*") if p.is_file())
         link = f"{self.options.mbit:g} Mbit/s, {self.options.rtt_ms:g} ms"
-        with self._closing(Nginx(self.work)) as nginx:
+        with self._closing(lambda: Nginx(self.work)) as nginx:
             with self._step(f"resuming from the mount, over a link of {link}"):
                 lazy = self._resume_mounted(guest, nginx, nonce, count)
             eager = None
@@ -111,10 +111,15 @@ class Quickstart:
         return Result(self.options, stored, plain.stat().st_size, lazy, eager)
 
     def _vm(self, guest: Guest, **more: object) -> Vm:
-        return self._closing(Vm(guest, memory_mib=self.options.memory_mib, **more))  # type: ignore[arg-type]
+        return self._closing(lambda: Vm(guest, memory_mib=self.options.memory_mib, **more))  # type: ignore[arg-type]
 
-    def _closing(self, started: Started) -> Started:
-        self._started.append(started)
+    def _link(self, nginx: Nginx) -> Link:
+        return self._closing(lambda: Link(nginx.address, self.options.mbit, self.options.rtt_ms))
+
+    def _closing(self, make: Callable[[], Started]) -> Started:
+        with uninterrupted():
+            started = make()
+            self._started.append(started)
         return started
 
     def _suspend(self, guest: Guest) -> tuple[str, int]:
@@ -134,7 +139,7 @@ class Quickstart:
         return plain
 
     def _resume_mounted(self, guest: Guest, nginx: Nginx, nonce: str, count: int) -> Resume:
-        with self._closing(Link(nginx.address, self.options.mbit, self.options.rtt_ms)) as link:
+        with self._link(nginx) as link:
             begun = time.monotonic()
             mountpoint = self.work / "mnt"
             options = f"cache={self.work / 'cache'}"
@@ -145,7 +150,7 @@ class Quickstart:
                 return self._await(vm, link, begun, nonce, count)
 
     def _resume_plain(self, guest: Guest, nginx: Nginx, plain: Path, nonce: str, count: int) -> Resume:
-        with self._closing(Link(nginx.address, self.options.mbit, self.options.rtt_ms)) as link:
+        with self._link(nginx) as link:
             begun = time.monotonic()
             command = f"curl -sSf {link.url}/{plain.name} | zstd -dc"
             vm = self._vm(guest, extra=["-incoming", f"exec:{command}"])
@@ -204,14 +209,15 @@ def table(result: Result) -> Table:
 
 def measure(options: Options, console: Console, directory: Path | None = None) -> Result:
     """Run all of it in a temporary directory, which is gone afterwards, whatever happens."""
-    # The unmounting inside has ended by then; a mount that were still there must not be descended into.
-    work = Path(tempfile.mkdtemp(prefix="imagefs-quickstart-", dir=directory))
+    with uninterrupted():
+        work = Path(tempfile.mkdtemp(prefix="imagefs-quickstart-", dir=directory))
     quickstart = Quickstart(options, work, console)
     try:
         return quickstart.run()
     finally:
         with uninterrupted():
             quickstart.close()
+            # A mount that were still there must not be descended into.
             if not os.path.ismount(work / "mnt"):
                 shutil.rmtree(work, ignore_errors=True)
 

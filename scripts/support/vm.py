@@ -113,7 +113,7 @@ class Vm:
         """Start QEMU and wait until both our lines are connected: QEMU connects them, so nothing can be missed."""
         listeners = [_listen(self.directory / name) for name in ("serial", "own")]
         try:
-            with open(self.directory / "stderr", "wb") as stderr:
+            with open(self.directory / "stderr", "wb") as stderr, uninterrupted():
                 # A session of its own: Ctrl-C in the terminal goes to us, and we end it.
                 self._process = subprocess.Popen(
                     [*self.prefix, *self.command],

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.link import Link
+
 from imagefs.mount import kernel
 from tests.faults.images import RealImage
 from tests.mount.conftest import ROOT, environment, wait_until
@@ -188,14 +190,15 @@ class Mounter:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._mounts: list[RealMount] = []
+        self._links: list[Link] = []
 
     def __enter__(self) -> Mounter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         with ExitStack() as stack:
-            for mount in self._mounts:
-                stack.callback(mount.close)
+            for end in [link.close for link in self._links] + [mount.close for mount in self._mounts]:
+                stack.callback(end)
         unexpected = [line for mount in self._mounts for line in mount.unexpected()][:10]
         if kind is None and unexpected:
             raise AssertionError("unexpected in a mount's log:\n" + "\n".join(unexpected))
@@ -214,6 +217,11 @@ class Mounter:
         pid = json.loads((path / ".imagefs/status.json").read_text())["mount"]["pid"]
         self._mounts.append(RealMount(path, path.with_suffix(".log"), pid, list(expected)))
         return self._mounts[-1]
+
+    def link(self, target: tuple[str, int], *, mbit: float, rtt_ms: float) -> Link:
+        """A link that is there until the mounts are gone: what it resets as it ends is in nobody's log."""
+        self._links.append(Link(target, mbit, rtt_ms))
+        return self._links[-1]
 
     @contextmanager
     def start(self, source: str | Path, path: Path, options: str = "") -> Iterator[subprocess.Popen[str]]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.link import Link
 from support.nginx import Nginx, Request
 
 from imagefs.image.geometry import PAGE_SIZE
@@ -83,30 +82,30 @@ def test_part_of_an_image_is_kept(image: RealImage, server: Nginx, mount: Mounte
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_end_in_the_middle_of_a_sweep(image: RealImage, server: Nginx, mount: Mounter, number: signal.Signals) -> None:
     """What the bitmap says is there, is; it is not fetched again, and the rest is."""
-    with Link(server.address, mbit=24, rtt_ms=10) as link:
-        first = mount(f"{link.url}/vm1", "prefetch=all")
-        third = image.pages // 3
-        wait_until(lambda: len(first.present()) > third, "a third of it is here")
-        if number == signal.SIGKILL:
-            first.kill()
-        else:
-            os.kill(first.pid, number)
-            first.wait_until_gone()
-        # What is under way is logged when it ends, or now never.
-        server.kill()
-        server.start()
-        asked = len(requests_to(server))
-        second = mount(f"{link.url}/vm1", "prefetch=none")
-        kept = second.present()
-        assert third < len(kept) < image.pages
-        for page in kept:
-            check_same(second.read_page(page), image.page(page), "kept", page)
-        assert not pack_requests(requests_to(server)[asked:], [image])
-        link.set(mbit=1000, rtt_ms=0)
-        check_same((second.path / "memory").read_bytes(), image.memory, "memory")
-        whole = {window for window in image.chunks if set(image.contents(window)) <= set(kept)}
-        assert whole
-        assert not windows_asked_for(image, requests_to(server)[asked:]) & whole
+    link = mount.link(server.address, mbit=24, rtt_ms=10)
+    first = mount(f"{link.url}/vm1", "prefetch=all")
+    third = image.pages // 3
+    wait_until(lambda: len(first.present()) > third, "a third of it is here")
+    if number == signal.SIGKILL:
+        first.kill()
+    else:
+        os.kill(first.pid, number)
+        first.wait_until_gone()
+    # What is under way is logged when it ends, or now never.
+    server.kill()
+    server.start()
+    asked = len(requests_to(server))
+    second = mount(f"{link.url}/vm1", "prefetch=none")
+    kept = second.present()
+    assert third < len(kept) < image.pages
+    for page in kept:
+        check_same(second.read_page(page), image.page(page), "kept", page)
+    assert not pack_requests(requests_to(server)[asked:], [image])
+    link.set(mbit=1000, rtt_ms=0)
+    check_same((second.path / "memory").read_bytes(), image.memory, "memory")
+    whole = {window for window in image.chunks if set(image.contents(window)) <= set(kept)}
+    assert whole
+    assert not windows_asked_for(image, requests_to(server)[asked:]) & whole
 
 
 def change_boot(cache: Path) -> None:
@@ -219,14 +218,14 @@ def test_two_mounts_of_one_cache(image: RealImage, server: Nginx, mount: Mounter
 
 
 def test_two_mounts_that_sweep_at_once(image: RealImage, server: Nginx, mount: Mounter) -> None:
-    with Link(server.address, mbit=40, rtt_ms=5) as link:
-        both = [mount(f"{link.url}/vm1", "prefetch=all") for _ in range(2)]
-        readers = [mounted.start_reader(image, range(image.pages - 1, -1, -1), threads=2) for mounted in both]
-        for reader in readers:
-            assert reader.result() == {"right": image.pages, "wrong": [], "errors": {}}
-        for mounted in both:
-            mounted.wait_until_complete()
-            assert mounted.present() == list(range(image.pages))
+    link = mount.link(server.address, mbit=40, rtt_ms=5)
+    both = [mount(f"{link.url}/vm1", "prefetch=all") for _ in range(2)]
+    readers = [mounted.start_reader(image, range(image.pages - 1, -1, -1), threads=2) for mounted in both]
+    for reader in readers:
+        assert reader.result() == {"right": image.pages, "wrong": [], "errors": {}}
+    for mounted in both:
+        mounted.wait_until_complete()
+        assert mounted.present() == list(range(image.pages))
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from support.link import Link
 from support.nginx import Nginx
 
 from imagefs.cli.opening import image_reader
@@ -95,30 +94,30 @@ def test_damaged_index(
 
 def test_index_behind_a_cut_link(image: RealImage, server: Nginx, mount: Mounter, root: PayloadRef) -> None:
     """Even a page that is zero waits: nobody knows that it is."""
-    with Link(server.address, mbit=100, rtt_ms=2) as link:
-        mounted = mount(f"{link.url}/vm1", "prefetch=none")
-        link.cut("hang")
-        reader = mounted.start_reader(image, [EMPTY_PAGE, 5, 700], threads=3)
-        mounted.wait_until_waiting(3)
-        assert mounted.present() == []
-        link.mend()
-        assert reader.result() == {"right": 3, "wrong": [], "errors": {}}
-        # From here on it is known, and needs nobody.
-        link.cut("hang")
-        check_same(mounted.read_page(EMPTY_PAGE + 1), image.page(EMPTY_PAGE + 1), "zero page", EMPTY_PAGE + 1)
-        assert mounted.xattr(300, "state") == "remote"
-        link.mend()
+    link = mount.link(server.address, mbit=100, rtt_ms=2)
+    mounted = mount(f"{link.url}/vm1", "prefetch=none")
+    link.cut("hang")
+    reader = mounted.start_reader(image, [EMPTY_PAGE, 5, 700], threads=3)
+    mounted.wait_until_waiting(3)
+    assert mounted.present() == []
+    link.mend()
+    assert reader.result() == {"right": 3, "wrong": [], "errors": {}}
+    # From here on it is known, and needs nobody.
+    link.cut("hang")
+    check_same(mounted.read_page(EMPTY_PAGE + 1), image.page(EMPTY_PAGE + 1), "zero page", EMPTY_PAGE + 1)
+    assert mounted.xattr(300, "state") == "remote"
+    link.mend()
 
 
 def test_soft_mount_without_its_index(image: RealImage, server: Nginx, mount: Mounter) -> None:
     """Reading and asking about a page both end by the mount's clock."""
-    with Link(server.address, mbit=100, rtt_ms=2) as link:
-        mounted = mount(f"{link.url}/vm1", "prefetch=none,soft,timeo=0.5", expected=["not here after", "trying again"])
-        link.cut("hang")
-        for program in ("print(open(path, 'rb').read())", "print(os.getxattr(path, 'user.imagefs.state'))"):
-            asking = mounted.start(sys.executable, "-c", f"import os; path = '{mounted.page_file(5)}'; {program}")
-            out, err = asking.process.communicate(timeout=10)
-            assert (out, os.strerror(errno.EIO) in err) == ("", True), program
+    link = mount.link(server.address, mbit=100, rtt_ms=2)
+    mounted = mount(f"{link.url}/vm1", "prefetch=none,soft,timeo=0.5", expected=["not here after", "trying again"])
+    link.cut("hang")
+    for program in ("print(open(path, 'rb').read())", "print(os.getxattr(path, 'user.imagefs.state'))"):
+        asking = mounted.start(sys.executable, "-c", f"import os; path = '{mounted.page_file(5)}'; {program}")
+        out, err = asking.process.communicate(timeout=10)
+        assert (out, os.strerror(errno.EIO) in err) == ("", True), program
 
 
 def test_index_is_kept(image: RealImage, server: Nginx, mount: Mounter, root: PayloadRef) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.link import Link
 from support.nginx import Nginx
 
 from imagefs.cli import main
@@ -218,29 +217,29 @@ def test_a_set_that_is_wrong_does_no_harm(
 def test_a_link_that_breaks_in_the_middle(image: RealImage, server: Nginx, mount: Mounter) -> None:
     record(image, mount, image.path, many(image))
     size = set_file(image).stat().st_size
-    with Link(server.address, mbit=20, rtt_ms=5) as link:
-        mounted = mount(f"{link.url}/vm1", "prefetch=ws", expected=["trying again until", "answers again"])
-        wait_until(lambda: link.counters().bytes_down > size // 4, "a part of it has come")
-        link.cut("reset")
-        wait_until(lambda: mounted.status()["working_set"]["interruptions"], "the stream has broken off")
-        link.mend()
-        # Meanwhile, and in whatever order.
-        touch(mounted, image, TOUCHED)
-        found = wait_until_set_is_here(mounted)
-        assert (found["state"], found["bytes_received"]) == ("complete", size)
-        assert link.counters().bytes_down < 1.3 * size
+    link = mount.link(server.address, mbit=20, rtt_ms=5)
+    mounted = mount(f"{link.url}/vm1", "prefetch=ws", expected=["trying again until", "answers again"])
+    wait_until(lambda: link.counters().bytes_down > size // 4, "a part of it has come")
+    link.cut("reset")
+    wait_until(lambda: mounted.status()["working_set"]["interruptions"], "the stream has broken off")
+    link.mend()
+    # Meanwhile, and in whatever order.
+    touch(mounted, image, TOUCHED)
+    found = wait_until_set_is_here(mounted)
+    assert (found["state"], found["bytes_received"]) == ("complete", size)
+    assert link.counters().bytes_down < 1.3 * size
 
 
 def test_a_touch_overtakes_the_stream(image: RealImage, server: Nginx, mount: Mounter) -> None:
     pages = many(image)
     record(image, mount, image.path, pages)
-    with Link(server.address, mbit=4, rtt_ms=5) as link:
-        mounted = mount(f"{link.url}/vm1", "prefetch=ws")
-        wait_until(lambda: mounted.status()["working_set"]["state"] == "streaming", "the set is on its way")
-        touch(mounted, image, pages[-1:])
-        status = mounted.status()
-        assert status["working_set"]["state"] == "streaming"
-        assert status["fetch"]["requests"] - status["fetch"]["background_requests"] == 1
+    link = mount.link(server.address, mbit=4, rtt_ms=5)
+    mounted = mount(f"{link.url}/vm1", "prefetch=ws")
+    wait_until(lambda: mounted.status()["working_set"]["state"] == "streaming", "the set is on its way")
+    touch(mounted, image, pages[-1:])
+    status = mounted.status()
+    assert status["working_set"]["state"] == "streaming"
+    assert status["fetch"]["requests"] - status["fetch"]["background_requests"] == 1
 
 
 def test_a_recording_stays_on_the_host(image: RealImage, server: Nginx, mount: Mounter, tmp_path: Path) -> None:
