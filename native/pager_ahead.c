@@ -80,20 +80,18 @@ static uint64_t bring(struct ahead *ahead, uint64_t page, uint64_t count)
 static uint64_t next_run(struct imagefs_pager *pager, uint64_t page, uint64_t stop, uint64_t *count)
 {
     const uint8_t *answered = pager_answered(pager->state);
+    uint64_t seen, end;
 
-    *count = 0;
-    while (page < stop) {
-        if ((page & 7) == 0 && page + 8 <= stop && imagefs_bits_all(answered, page, 8)) {
-            page += 8;
-        } else if (imagefs_bits_all(answered, page, 1) || (pager->present && !pager_is_present(pager, page, 1))) {
-            page++;
-        } else {
-            break;
-        }
-    }
-    while (page + *count < stop && *count < ZERO_BATCH && !imagefs_bits_all(answered, page + *count, 1) &&
-           (!pager->present || pager_is_present(pager, page + *count, 1)))
-        ++*count;
+    do {
+        seen = page = imagefs_bits_run(answered, page, stop, 1);
+        if (pager->present)
+            page = imagefs_bits_run(pager->present, page, stop, 0);
+    } while (page != seen);
+    end = stop - page > ZERO_BATCH ? page + ZERO_BATCH : stop;
+    end = imagefs_bits_run(answered, page, end, 0);
+    if (pager->present)
+        end = imagefs_bits_run(pager->present, page, end, 1);
+    *count = end - page;
     return page;
 }
 
@@ -196,8 +194,10 @@ static int bring_rest(struct ahead *ahead)
         if (unit == 0 || page != first || imagefs_bits_all(answered, page, 1))
             continue;
         end = page + unit;
-        while (unit == 1 && end < pager->options.pages && end - page < batch && !imagefs_bits_all(answered, end, 1))
-            end++;
+        if (unit == 1) {
+            end = pager->options.pages - page > batch ? page + batch : pager->options.pages;
+            end = imagefs_bits_run(answered, page, end, 0);
+        }
         if (pager_read_memory(pager, page, end - page, ahead->buffer) ||
             !install_batch(ahead, page, end - page, ahead->buffer))
             return 0; /* whoever touches it finds out */

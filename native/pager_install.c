@@ -108,8 +108,7 @@ static enum pager_result install_unanswered(struct imagefs_pager *pager, const s
         int is_used = imagefs_bits_all(used, at, 1);
         enum pager_result result;
 
-        for (end = at + 1; end < count && imagefs_bits_all(used, end, 1) == is_used; end++)
-            ;
+        end = imagefs_bits_run(used, at, count, is_used);
         result = install_bytes(pager, address + at * PAGE, page + at, PAGE, is_used ? data + at * PAGE : NULL,
                                (end - at) * PAGE);
         if (result != PAGER_DONE)
@@ -142,7 +141,9 @@ static enum pager_result install_locked(struct imagefs_pager *pager, uint64_t pa
         last = range->page + range->size / PAGE;
         last = last < stop ? last : stop;
         last = last < page + MOST ? last : page + MOST;
-        while (end + unit <= last && !imagefs_bits_all(answered, end, 1))
+        if (unit == 1)
+            end = imagefs_bits_run(answered, page, last, 0);
+        while (unit > 1 && end + unit <= last && !imagefs_bits_all(answered, end, 1))
             end += unit;
         result = install_unanswered(pager, range, page, end - page, data);
     }

@@ -142,3 +142,20 @@ uint64_t imagefs_bits_count(const uint8_t *bits, uint64_t first, uint64_t count)
         set += (uint64_t)__builtin_popcount(__atomic_load_n(&bits[i], __ATOMIC_RELAXED) & mask_of(i, first, last));
     return set;
 }
+
+uint64_t imagefs_bits_run(const uint8_t *bits, uint64_t first, uint64_t stop, int set)
+{
+    uint8_t same = set ? 0xff : 0x00;
+
+    while (first < stop) {
+        /* The bits from `first` on that differ, the lowest first. */
+        uint8_t differ = (uint8_t)(__atomic_load_n(&bits[first >> 3], __ATOMIC_ACQUIRE) ^ same) >> (first & 7);
+
+        if (differ) {
+            first += (uint64_t)__builtin_ctz(differ);
+            break;
+        }
+        first = (first | 7) + 1;
+    }
+    return first < stop ? first : stop;
+}

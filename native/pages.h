@@ -53,6 +53,12 @@ void imagefs_bits_set(uint8_t *bits, uint64_t first, uint64_t count);
 int imagefs_bits_all(const uint8_t *bits, uint64_t first, uint64_t count);
 
 /*
+ * The first of the bits first .. stop - 1 that is clear where `set` is 1, or set where it is 0; `stop` if there is none.
+ * Who passes bits that are set also sees everything that their setters had written before. Bounds as above.
+ */
+uint64_t imagefs_bits_run(const uint8_t *bits, uint64_t first, uint64_t stop, int set);
+
+/*
  * How many of the bits first .. first + count - 1 are set. Bounds as above. While others set bits it counts each
  * byte as of some moment during the call, and promises nothing about the data behind the bits.
  */

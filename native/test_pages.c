@@ -83,9 +83,15 @@ static void check_bits(uint64_t *state, uint64_t total)
     memset(expected, 0, total);
     for (int round = 0; round < 20; round++) {
         uint64_t first = next_random(state) % (total + 1), count = next_random(state) % (total - first + 1), set = 0;
+        uint64_t run[2] = {first, first}; /* of clear, of set bits */
 
         for (uint64_t i = first; i < first + count; i++)
             set += expected[i];
+        for (int value = 0; value < 2; value++) {
+            while (run[value] < first + count && expected[run[value]] == value)
+                run[value]++;
+            CHECK(imagefs_bits_run(bits, first, first + count, value) == run[value]);
+        }
         CHECK(imagefs_bits_count(bits, first, count) == set);
         CHECK(imagefs_bits_all(bits, first, count) == (set == count));
         imagefs_bits_set(bits, first, count);
