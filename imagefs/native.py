@@ -6,12 +6,9 @@ a bitmap, page i is bit i % 8, least significant first, of byte i // 8. All call
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagefs._native import ffi, lib
-from imagefs.errors import RestoreError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -100,14 +97,6 @@ def bits_count(bits: Buffer, first: int, count: int) -> int:
     source = _bytes_of(bits)
     _check_run(source, first, count)
     return lib.imagefs_bits_count(source, first, count)
-
-
-def preload_path() -> Path:
-    """The shared object that a VMM is started with as LD_PRELOAD (``native/preload.c``)."""
-    spec = find_spec("imagefs._preload")
-    if spec is None or spec.origin is None:
-        raise RestoreError(f"the preload library is not in {Path(__file__).parent}: install imagefs again")
-    return Path(spec.origin)
 
 
 def _bytes_of(buffer: Buffer) -> CData:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from imagefs._native import CData
 
 NO_PAGE = 2**64 - 1
-STATE_NAME = "imagefs-pager"
-"""Of the memfd that holds a pager's state, in /proc/PID/fd."""
 SECONDS_TO_STOP = 5.0
 """How long close() waits for threads that read the mount; pulled out of the air."""
 
@@ -90,17 +88,21 @@ class PagerError(RestoreError):
         super().__init__(f"fault helper: {reason}")
 
 
-def new_state(pages: int, spare: int = 0) -> int:
-    """A file descriptor of fresh shared state for an image of that many pages. The caller keeps and closes it.
-    Behind the state are ``spare`` bytes or more, for the caller.
+def size_state(fd: int, pages: int, spare: int = 0) -> None:
+    """Make an empty file the fresh shared state of an image of that many pages. Behind the state are ``spare`` bytes or
+    more, for the caller. It outlives the process that serves if another process holds it, too.
 
-    It outlives the process that serves if another process holds it, too. ValueError for too many pages.
+    ValueError for too many pages; OSError.
     """
-    size = state_size(pages)
-    fd = os.memfd_create(STATE_NAME, os.MFD_CLOEXEC)
+    os.ftruncate(fd, state_size(pages) + spare)
+
+
+def new_state(pages: int) -> int:
+    """A file descriptor of fresh shared state, the caller's to close. Errors as :func:`size_state`."""
+    fd = os.memfd_create("imagefs", os.MFD_CLOEXEC)
     try:
-        os.ftruncate(fd, size + spare)
-    except OSError:
+        size_state(fd, pages)
+    except (OSError, ValueError):
         os.close(fd)
         raise
     return fd

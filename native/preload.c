@@ -6,6 +6,10 @@
  * across the link instead of 3. So here, mappings of that file are marked MADV_RANDOM, and MADV_HUGEPAGE on
  * them becomes MADV_RANDOM. Everything else reaches the kernel as it was asked for.
  *
+ * The VMM opens the file for writing, although what it writes goes to private pages. Then a mount must keep the kernel's
+ * page cache out of it (direct I/O), and each mapping begins by dropping what is in the cache, of the guest's own and of
+ * all others'. So it is opened for reading only, which a private mapping is content with.
+ *
  * With a pager (IMAGEFS_PAGER) the file is not mapped at all: anonymous memory takes its place (preload_pager.c), and
  * all advice passes.
  *
@@ -21,9 +25,12 @@
 #include "regions.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -34,6 +41,10 @@
 #endif
 
 #define INTERPOSE __attribute__((visibility("default")))
+
+/* With _FORTIFY_SOURCE calls of open() without a mode arrive here. */
+int __open_2(const char *path, int flags);
+int __open64_2(const char *path, int flags);
 
 /* Interposed functions have no argument to carry a context in: this is the shim's only state. */
 static struct {
@@ -163,6 +174,35 @@ static void mapped(uintptr_t start, size_t length, bool guest_memory)
     if (guest_memory)
         (void)kernel_advise(range.start, range.end - range.start, MADV_RANDOM);
 }
+
+static int open_at_cwd(const char *path, int flags, mode_t mode)
+{
+    if (shim.path && (flags & (O_ACCMODE | O_TRUNC)) == O_RDWR && path && strcmp(path, shim.path) == 0)
+        flags = (flags & ~O_ACCMODE) | O_RDONLY;
+    return (int)syscall(SYS_openat, (long)AT_FDCWD, path, (long)flags, (long)mode);
+}
+
+INTERPOSE int open(const char *path, int flags, ...)
+{
+    mode_t mode = 0;
+    va_list more;
+
+    if (flags & O_CREAT || (flags & O_TMPFILE) == O_TMPFILE) {
+        va_start(more, flags);
+        mode = va_arg(more, mode_t);
+        va_end(more);
+    }
+    return open_at_cwd(path, flags, mode);
+}
+
+INTERPOSE int open64(const char *path, int flags, ...) __attribute__((alias("open")));
+
+INTERPOSE int __open_2(const char *path, int flags)
+{
+    return open_at_cwd(path, flags, 0);
+}
+
+INTERPOSE int __open64_2(const char *path, int flags) __attribute__((alias("__open_2")));
 
 INTERPOSE void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
 {

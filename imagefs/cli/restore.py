@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.reattach or args.pid is not None:
         if not args.reattach or args.vmm or (args.pid is None) == (args.socket is None):
             raise UsageError("--reattach goes with either --socket PATH or --pid QEMU, and no command line")
-        from imagefs.restore.pager_door import reattach
+        from imagefs.restore.pager_service import reattach
         from imagefs.restore.reattach import find_by_pid, find_by_socket
 
         image = read_memory(args.mountpoint)
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.vmm:
         if args.print_only:
             raise UsageError("--print prints QEMU's command line: give one")
-        from imagefs.restore.pager_door import serve_socket
+        from imagefs.restore.pager_service import serve_socket
 
         with signals_as_exceptions():
             return serve_socket(read_memory(args.mountpoint), args.socket)

@@ -9,10 +9,7 @@ import contextlib
 import logging
 import os
 import select
-import shutil
 import signal
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +22,7 @@ from imagefs.errors import ImagefsError, RestoreError
 log = logging.getLogger(__name__)
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0
 SECONDS_TO_END = 10.0
 """What a VMM that was told to end may take. Pulled out of the air."""
@@ -44,29 +42,28 @@ def ends(process: Process, seconds: float) -> bool:
 class Vmm:
     """The VMM that we have started."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-        self._pidfd = os.pidfd_open(process.pid)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._pidfd = os.pidfd_open(pid)
+        self._status: int | None = None
 
     def fileno(self) -> int:
         return self._pidfd
 
     def wait(self) -> int:
         """Its exit status, negative for a signal's."""
-        return self._process.wait()
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._status
 
     def end(self) -> None:
         """Tell it to; at last kill it. Waits."""
-        self._process.terminate()
+        self.pass_on(signal.SIGTERM)
         if not ends(self, SECONDS_TO_END):
-            self._process.kill()
-        self._process.wait()
+            self.pass_on(signal.SIGKILL)
+        self.wait()
 
-    def pass_on(self, number: int, frame: FrameType | None) -> None:
+    def pass_on(self, number: int, frame: FrameType | None = None) -> None:
         """A signal handler."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.Signals(number))
@@ -85,20 +82,26 @@ def started(
 ) -> Iterator[Vmm]:
     """A VMM to which signals that we get are passed on until the context is left. RestoreError where none starts."""
     # Signals in between find no VMM to be passed to, and wait.
-    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     former = {}
     try:
+        for fd in pass_fds:
+            os.set_inheritable(fd, True)
         try:
-            process = subprocess.Popen(
-                command,
-                executable=program,
-                pass_fds=pass_fds,
-                env=None if environment is None else {**os.environ, **environment},
-                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON),
+            # What the caller gave us open beside these is for it, too: a tap device by its number.
+            pid = os.posix_spawn(
+                program,
+                list(command),
+                {**os.environ, **(environment or {})},
+                setsigmask=before,
+                setsigdef=IGNORED_BY_PYTHON,
             )
         except OSError as error:
             raise RestoreError(f"{program}: {error.strerror}") from error
-        vmm = Vmm(process)
+        finally:
+            for fd in pass_fds:
+                os.set_inheritable(fd, False)
+        vmm = Vmm(pid)
         former = {number: signal.signal(number, vmm.pass_on) for number in PASSED_ON}
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
@@ -183,11 +186,16 @@ class Pauses:
 @contextmanager
 def private_directory() -> Iterator[Path]:
     """For sockets, whose names have 107 bytes at most."""
-    directory = Path(tempfile.mkdtemp(prefix="imagefs-", dir=os.environ.get("XDG_RUNTIME_DIR")))
+    place = next(filter(None, map(os.environ.get, ("XDG_RUNTIME_DIR", "TMPDIR"))), "/tmp")
+    directory = Path(place, f"imagefs-{os.urandom(8).hex()}")
+    directory.mkdir(0o700)
     owner = os.getpid()
     try:
         yield directory
     finally:
         # Not in a worker, and not where a forked one unwinds.
         if os.getpid() == owner:
-            shutil.rmtree(directory, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for path in directory.iterdir():
+                    path.unlink()
+                directory.rmdir()

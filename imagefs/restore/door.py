@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from imagefs.errors import UsageError
 from imagefs.restore.mountpoint import RestoreImage
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What the user asked for."""
 
     image: RestoreImage
@@ -45,7 +43,9 @@ def find_program(request: Request) -> str:
     if not request.command:
         raise UsageError("the QEMU command line is missing: imagefs restore MOUNTPOINT -- qemu-system-x86_64 ARGS…")
     name = request.command[0]
-    program = shutil.which(name)
-    if program is None:
-        raise UsageError(f"{name}: no such program")
-    return program
+    # As shutil.which, whose import takes 3 ms, in which a guest waits.
+    for directory in [""] if os.sep in name else os.get_exec_path():
+        program = os.path.join(directory, name)
+        if os.path.isfile(program) and os.access(program, os.X_OK):
+            return program
+    raise UsageError(f"{name}: no such program")

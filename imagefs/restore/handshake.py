@@ -19,24 +19,21 @@ is answered. Who connects need not mean well: each connection has a bounded time
 from __future__ import annotations
 
 import array
-import contextlib
 import json
 import logging
 import os
 import selectors
 import socket
-import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from imagefs.errors import RestoreError, UsageError
+from imagefs.errors import RestoreError
 from imagefs.image.geometry import PAGE_SIZE
 from imagefs.pager import PagerError, PagerRegion, check_regions
 from imagefs.restore.child import Process
+from imagefs.restore.listening import MOST_CLIENTS, Listener
 from imagefs.restore.peer import Peer, is_userfaultfd
 
 log = logging.getLogger(__name__)
@@ -45,9 +42,7 @@ SECONDS = 10.0
 """What a VMM may take from connecting to having handed over. Pulled out of the air: they do so at once."""
 LONGEST = 64 << 10
 """Bytes: 64 regions take 10 KiB."""
-MOST_CLIENTS = 16
 MOST_FDS = 8
-LONGEST_PATH = 107
 
 _FIELDS = ("base_host_virt_addr", "size", "offset")
 _PAGE_SIZES = ("page_size", "page_size_kib")
@@ -171,125 +166,70 @@ class _Client:
         self.peer.close()
 
 
-class Listener:
-    """The socket at ``path``, owner-only, until it is closed. UsageError where it cannot be made."""
+def wait_for_handover(listener: Listener, size: int, until: Process | None = None) -> Handover | None:
+    """The first VMM that hands over a memory of ``size`` bytes; None once ``until`` has ended.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        # Under its name it is there only once it can be connected to: a VMM may be started as soon as it appears.
-        early = path.with_name(f".{os.getpid()}")
-        if max(len(os.fsencode(each)) for each in (path, early)) > LONGEST_PATH:
-            raise UsageError(f"{path}: the name of a socket has at most {LONGEST_PATH} bytes")
-        _make_room(path)
-        self._socket = socket.socket(socket.AF_UNIX)
-        mask = os.umask(0o177)
+    Others are refused, with a line in the log.
+    """
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener.socket, selectors.EVENT_READ)
+        if until is not None:
+            selector.register(until, selectors.EVENT_READ)
         try:
-            self._socket.bind(str(early))
-            self._socket.listen(MOST_CLIENTS)
-            self._socket.setblocking(False)
-            early.rename(path)
-        except OSError as error:
-            self._socket.close()
-            with contextlib.suppress(OSError):
-                early.unlink()
-            raise UsageError(f"{path}: {error.strerror}") from error
+            return _Waiting(listener, selector, size, until).run()
         finally:
-            os.umask(mask)
-        self._inode = path.stat().st_ino
+            for key in list(selector.get_map().values()):
+                if isinstance(key.data, _Client):
+                    key.data.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+class _Waiting:
+    def __init__(self, listener: Listener, selector: selectors.BaseSelector, size: int, until: Process | None) -> None:
+        self._listener = listener
+        self._selector = selector
+        self._size = size
+        self._until = until
 
-    def close(self) -> None:
-        """Twice does no harm."""
-        if self._socket.fileno() >= 0:
-            self._socket.close()
-            with contextlib.suppress(OSError):
-                if self.path.lstat().st_ino == self._inode:
-                    self.path.unlink()
-
-    def wait(self, size: int, until: Process | None = None) -> Handover | None:
-        """The first VMM that hands over a memory of ``size`` bytes; None once ``until`` has ended.
-
-        Others are refused, with a line in the log.
-        """
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._socket, selectors.EVENT_READ)
-            if until is not None:
-                selector.register(until, selectors.EVENT_READ)
-            try:
-                return self._wait(selector, size, until)
-            finally:
-                for key in list(selector.get_map().values()):
-                    if isinstance(key.data, _Client):
-                        key.data.close()
-
-    def _wait(self, selector: selectors.BaseSelector, size: int, until: Process | None) -> Handover | None:
+    def run(self) -> Handover | None:
         while True:
-            clients = [key.data for key in selector.get_map().values() if isinstance(key.data, _Client)]
+            clients = [key.data for key in self._selector.get_map().values() if isinstance(key.data, _Client)]
             now = time.monotonic()
             for client in clients:
                 if client.deadline <= now:
-                    self._refuse(selector, client, HandshakeError(f"it handed nothing over within {SECONDS:g} seconds"))
+                    self._refuse(client, HandshakeError(f"it handed nothing over within {SECONDS:g} seconds"))
             first = min((client.deadline for client in clients if client.deadline > now), default=None)
-            for key, _ in selector.select(None if first is None else first - now):
-                if key.fileobj is until:
+            for key, _ in self._selector.select(None if first is None else first - now):
+                if key.fileobj is self._until:
                     return None
-                if key.fileobj is self._socket:
-                    self._accept(selector, len(clients))
-                elif handover := self._serve(selector, key.data, size):
+                if key.fileobj is self._listener.socket:
+                    self._accept(len(clients))
+                elif handover := self._serve(key.data):
                     return handover
 
-    def _accept(self, selector: selectors.BaseSelector, clients: int) -> None:
+    def _accept(self, clients: int) -> None:
         try:
-            connection = self._socket.accept()[0]
+            connection = self._listener.socket.accept()[0]
         except OSError as error:
-            log.debug("%s: %s", self.path, error)
+            log.debug("%s: %s", self._listener.path, error)
             return
         client = _Client(connection, Peer.of_connection(connection), time.monotonic() + SECONDS)
-        selector.register(connection, selectors.EVENT_READ, client)
+        self._selector.register(connection, selectors.EVENT_READ, client)
         if clients >= MOST_CLIENTS:
-            self._refuse(selector, client, HandshakeError("too many others are connected"))
+            self._refuse(client, HandshakeError("too many others are connected"))
 
-    def _serve(self, selector: selectors.BaseSelector, client: _Client, size: int) -> Handover | None:
+    def _serve(self, client: _Client) -> Handover | None:
         try:
             client.receive()
-            handover = client.finish(size)
+            handover = client.finish(self._size)
         except UnfinishedError:
             return None
         except (HandshakeError, OSError) as error:
-            self._refuse(selector, client, error)
+            self._refuse(client, error)
             return None
-        selector.unregister(client.connection)
+        self._selector.unregister(client.connection)
         return handover
 
-    def _refuse(self, selector: selectors.BaseSelector, client: _Client, error: Exception) -> None:
-        log.warning("%s: %s is refused: %s", self.path, client.peer, error)
-        selector.unregister(client.connection)
+    def _refuse(self, client: _Client, error: Exception) -> None:
+        log.warning("%s: %s is refused: %s", self._listener.path, client.peer, error)
+        self._selector.unregister(client.connection)
         client.close()
-
-
-def _make_room(path: Path) -> None:
-    """Remove a socket that nobody listens on. UsageError where something else is there."""
-    try:
-        kind = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    if not stat.S_ISSOCK(kind):
-        raise UsageError(f"{path} is there, and is no socket: give another name, or remove it yourself")
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}") from error
-    raise UsageError(f"{path}: another process listens there")

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from imagefs.errors import MountError
 
@@ -31,8 +31,7 @@ _SECTION = re.compile(
 _RUNNING = b"running\0"
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(NamedTuple):
     """``value`` is for ``-incoming``; ``runs`` tells whether QEMU starts the guest after it has loaded the state."""
 
     value: str

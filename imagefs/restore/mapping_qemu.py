@@ -6,20 +6,19 @@ import logging
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from imagefs.native import preload_path
 from imagefs.restore.door import Request, find_program
 from imagefs.restore.incoming import incoming_of
 from imagefs.restore.qemu_command import restore_command
 from imagefs.restore.qemu_machine import list_machines
+from imagefs.restore.shim import MEMORY, preload_path
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class MappingQemu:
+class MappingQemu(NamedTuple):
     """What is to be started."""
 
     program: str
@@ -70,4 +69,4 @@ def _environment(memory: Path, environment: Mapping[str, str]) -> dict[str, str]
         log.warning("%s, so the guest fetches more than it touches", obstacle)
         return {}
     preload = " ".join(filter(None, [str(preload_path()), environment.get("LD_PRELOAD")]))
-    return {"LD_PRELOAD": preload, "IMAGEFS_MEMORY": str(memory)}
+    return {"LD_PRELOAD": preload, MEMORY: str(memory)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ METADATA = "metadata.json"
 LARGEST_METADATA = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
 class MountedImage:
-    """A mounted image, of whatever guest."""
+    """A mounted image, of whatever guest. ``mountpoint`` is absolute."""
 
-    mountpoint: Path
-    """Absolute."""
+    def __init__(self, mountpoint: Path) -> None:
+        self.mountpoint = mountpoint
 
     @property
     def memory(self) -> Path:
@@ -43,17 +41,17 @@ class MountedImage:
             raise MountError(f"{self.memory}: {error.strerror}") from error
 
 
-@dataclass(frozen=True, slots=True)
 class RestoreImage(MountedImage):
     """A mounted image of a QEMU guest."""
 
-    machine: str
-    """The versioned machine type: ``pc-i440fx-7.2``."""
-    ram_block: str
-    """Name of the guest's main RAM block in the migration stream: ``pc.ram``, or a memory backend's id."""
-    ram_bytes: int
-    cpus: int | None
-    """Where the stream tells."""
+    def __init__(self, mountpoint: Path, machine: str, ram_block: str, ram_bytes: int, cpus: int | None) -> None:
+        """``machine`` is the versioned machine type (``pc-i440fx-7.2``); ``ram_block`` the name of the guest's main
+        RAM block in the migration stream: ``pc.ram``, or a memory backend's id. ``cpus`` where the stream tells."""
+        super().__init__(mountpoint)
+        self.machine = machine
+        self.ram_block = ram_block
+        self.ram_bytes = ram_bytes
+        self.cpus = cpus
 
 
 def read_memory(path: Path) -> MountedImage:

@@ -16,7 +16,7 @@ they were when the guest was suspended.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imagefs.errors import RestoreError, UsageError
 from imagefs.restore.mountpoint import RestoreImage
@@ -52,8 +52,7 @@ _REFUSED_PAGED = {"daemonize": _REFUSED_RECEIVING["daemonize"]}
 _KEPT_PROPERTIES = ("merge", "dump", "policy", "reserve", "host-nodes")
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """A command line, and what its user may want to know about how it came about."""
 
     arguments: tuple[str, ...]

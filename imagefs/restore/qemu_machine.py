@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imagefs.errors import RestoreError
 
@@ -18,8 +18,7 @@ _ALIASES = {"pc": "pc-i440fx", "q35": "pc-q35"}
 """What every QEMU of x86-64 means by them, in its own newest version."""
 
 
-@dataclass(frozen=True, slots=True)
-class Machines:
+class Machines(NamedTuple):
     """What one QEMU program offers."""
 
     program: str

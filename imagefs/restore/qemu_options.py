@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from imagefs.errors import RestoreError
 
@@ -29,8 +28,7 @@ _SIZE = re.compile(r"(0x[0-9a-f]+|\d+(?:\.\d+)?)([bkmgtpe]?)", re.IGNORECASE)
 _UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(NamedTuple):
     """One option with its value, or (``name`` is None) one argument that is no option."""
 
     name: str | None

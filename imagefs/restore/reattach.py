@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imagefs.errors import RestoreError, UsageError
-from imagefs.pager import STATE_NAME, fetch_descriptor
+from imagefs.pager import fetch_descriptor
 from imagefs.restore.handshake import Handover
 from imagefs.restore.peer import Peer, is_userfaultfd, start_time
 from imagefs.restore.shared_state import Record, SharedState
+from imagefs.restore.shim import STATE_NAME
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from imagefs.errors import RestoreError, UsageError
-from imagefs.pager import PagerStatistics, new_state, state_size, state_statistics
+from imagefs.pager import PagerStatistics, size_state, state_size, state_statistics
 
 RECORD_SIZE = 4096
 SUFFIX = ".state"
@@ -54,9 +54,10 @@ class SharedState:
         self.path = path
 
     @classmethod
-    def anonymous(cls, pages: int) -> SharedState:
-        """A new memfd."""
-        return cls(new_state(pages, RECORD_SIZE))
+    def begun(cls, fd: int, pages: int) -> SharedState:
+        """In an empty memfd, which it takes over."""
+        size_state(fd, pages, RECORD_SIZE)
+        return cls(fd)
 
     @classmethod
     def beside(cls, socket: Path, pages: int) -> SharedState:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imagefs import native
+from imagefs.restore.shim import preload_path
 
 SOURCES = [
     Path(__file__).resolve().parents[2] / "native" / f"{part}.c"
@@ -21,7 +21,7 @@ def shim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """The environment that loads it. What a sanitizer finds ends the process, or halts it: to report a race it may map
     memory, through the shim."""
     if request.param == "installed":
-        return {"LD_PRELOAD": str(native.preload_path())}
+        return {"LD_PRELOAD": str(preload_path())}
     library = tmp_path_factory.mktemp("shim") / "preload.so"
     flags = [*STRICT, "-fPIC", "-shared", f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
     subprocess.run(["gcc", *flags, *SOURCES, "-o", library], check=True)

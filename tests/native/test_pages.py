@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from imagefs import native
 from imagefs.native import PAGE_SIZE
+from imagefs.restore.shim import preload_path
 
 
 @st.composite
@@ -196,6 +197,6 @@ def test_processes_lose_no_bit_of_each_other(tmp_path: Path) -> None:
 
 
 def test_preload_path_is_a_shared_object() -> None:
-    path = native.preload_path()
+    path = preload_path()
     assert path.read_bytes()[:4] == b"\x7fELF"
     assert os.access(path, os.R_OK)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from imagefs import native
+from imagefs.restore.shim import preload_path
 
 PAGE = 4096
 SIZE = 16 * PAGE
@@ -35,7 +35,8 @@ def call(name, *args):
 
 def map_file(path, name="mmap", at=0, length=SIZE, flags=mmap.MAP_PRIVATE, offset=0):
     fd = os.open(path, os.O_RDWR)
-    address, error = call(name, at, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if flags == mmap.MAP_PRIVATE else 0)
+    address, error = call(name, at, length, protection, flags, fd, offset)
     os.close(fd)
     assert error is None, error
     return address
@@ -127,6 +128,34 @@ def test_without_a_file_nothing_changes(run: Run, files: tuple[Path, Path], tmp_
     found = run(HUGE_ON_BOTH, memory)
     assert set(map(str, found.values())) == {str(HUGE_AS_ASKED)}
     assert found == run(HUGE_ON_BOTH, None, preload=False)
+
+
+def test_named_file_is_opened_for_reading(run: Run, files: tuple[Path, Path]) -> None:
+    """By each name that the C library has for it; what is more than an O_RDWR is left alone."""
+    program = """
+import fcntl
+paths = {"memory": memory.encode(), "other": other.encode()}
+found = {}
+for name, path in paths.items():
+    for function in ("open", "open64", "__open_2", "__open64_2"):
+        for wanted in (os.O_RDWR | os.O_CLOEXEC, os.O_WRONLY, os.O_RDONLY):
+            fd, error = call(function, path, wanted)
+            found.setdefault(name, []).append([error, (fcntl.fcntl(fd, fcntl.F_GETFL) ^ wanted) & os.O_ACCMODE,
+                fcntl.fcntl(fd, fcntl.F_GETFD) == bool(wanted & os.O_CLOEXEC)])
+            os.close(fd)
+fd, _ = call("open", paths["memory"], os.O_RDWR | os.O_TRUNC)
+found["truncated"] = [fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE, os.fstat(fd).st_size]
+fd, _ = call("open", (memory + "-new").encode(), os.O_RDWR | os.O_CREAT, 0o640)
+found["created"] = os.fstat(fd).st_mode & 0o777
+print(json.dumps(found))
+"""
+    as_asked, reading = [None, 0, True], [None, os.O_RDWR, True]
+    assert run(program, files[0]) == {
+        "memory": [reading, as_asked, as_asked] * 4,
+        "other": [as_asked] * 12,
+        "truncated": [os.O_RDWR, 0],
+        "created": 0o640,
+    }
 
 
 def test_posix_madvise(run: Run, files: tuple[Path, Path]) -> None:
@@ -251,15 +280,15 @@ print(json.dumps([forked, cat.returncode, len(cat.stdout), cat.stderr.decode()])
     assert run(program, files[0]) == [0, 0, SIZE, ""]
 
 
-@pytest.mark.parametrize("share", ["on", "off"])
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(("named", "share"), [(True, "off"), (True, "on"), (False, "off"), (False, "on")])
 def test_qemu(files: tuple[Path, Path], named: bool, share: str) -> None:
-    """The call that the shim is there for, made by QEMU itself on the file that is its guest's RAM."""
+    """The call that the shim is there for, made by QEMU itself on the file that is its guest's RAM; which it may not
+    share, as on a mount."""
     memory = files[0]
     os.truncate(memory, 64 << 20)
     backend = f"memory-backend-file,id=ram,size=64M,mem-path={memory},share={share}"
     qemu = ["qemu-system-x86_64", "-machine", "pc,memory-backend=ram", "-m", "64M", "-object", backend, "-S"]
-    env = {**os.environ, "LD_PRELOAD": str(native.preload_path()), "IMAGEFS_MEMORY": str(files[0 if named else 1])}
+    env = {**os.environ, "LD_PRELOAD": str(preload_path()), "IMAGEFS_MEMORY": str(files[0 if named else 1])}
     with subprocess.Popen(
         [*qemu, "-nodefaults", "-display", "none", "-qmp", "stdio"],
         env=env,
@@ -269,7 +298,11 @@ def test_qemu(files: tuple[Path, Path], named: bool, share: str) -> None:
         try:
             assert process.stdout is not None
             # The greeting comes when the machine has been built.
-            assert b'"QMP"' in process.stdout.readline()
+            greeting = process.stdout.readline()
+            if named and share == "on":
+                assert (greeting, process.wait(60)) == (b"", 1)
+                return
+            assert b'"QMP"' in greeting
             smaps = Path(f"/proc/{process.pid}/smaps").read_text()
         finally:
             process.kill()

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from imagefs.pager import Pager, new_state
-from imagefs.restore.handshake import Listener
+from imagefs.restore.handshake import wait_for_handover
+from imagefs.restore.listening import Listener
 from tests.native.test_preload import PRELUDE
 
 PAGE = 4096
@@ -80,7 +81,7 @@ def run(shim: dict[str, str], program: str, memory: Path, *, give_state: bool = 
         process = stack.enter_context(started(shim, program, memory, listener.path, [state] if give_state else []))
         ended = Ended(process)
         stack.callback(os.close, ended.fd)
-        handover = listener.wait(SIZE, ended)
+        handover = wait_for_handover(listener, SIZE, ended)
         assert handover is not None, process.communicate()
         stack.callback(handover.close)
         assert handover.peer.pid == process.pid
@@ -146,7 +147,7 @@ before = child()
 at, error = call("mmap", 0, SIZE, protection, mmap.MAP_PRIVATE, fd, 0)
 print(json.dumps([link, before, child()]))
 """
-    assert run(shim, program, memory, give_state=True) == ["/memfd:imagefs-pager (deleted)", 0, 1]
+    assert run(shim, program, memory, give_state=True) == ["/memfd:imagefs (deleted)", 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from imagefs.errors import UsageError
 from imagefs.pager import PagerRegion, open_userfaultfd
 from imagefs.restore import handshake
-from imagefs.restore.handshake import HandshakeError, Listener, parse_regions
+from imagefs.restore.handshake import HandshakeError, parse_regions, wait_for_handover
+from imagefs.restore.listening import Listener
 from tests.restore.conftest import PAGES
 from tests.restore.vmms import Program, listening, wait_until
 
@@ -145,7 +146,7 @@ def test_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect_log: li
 
         thread = threading.Thread(target=watch)
         thread.start()
-        assert listener.wait(SIZE, Ended()) is None
+        assert wait_for_handover(listener, SIZE, Ended()) is None
         thread.join()
         clients[1].close()
 

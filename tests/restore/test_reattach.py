@@ -20,6 +20,7 @@ from imagefs.cli import main
 from imagefs.errors import RestoreError, UsageError
 from imagefs.restore.reattach import find_by_pid, find_by_socket
 from imagefs.restore.shared_state import Record, SharedState
+from imagefs.restore.shim import STATE_NAME
 from tests.restore.conftest import PAGES
 from tests.restore.vmms import IMAGEFS, Command, Program, kill, listening, wait_until
 
@@ -100,7 +101,7 @@ def test_what_cannot_be_taken_over(tmp_path: Path) -> None:
 
 
 def test_vmm_without_its_userfaultfd(tmp_path: Path) -> None:
-    with SharedState.anonymous(16) as state:
+    with SharedState.begun(os.memfd_create(STATE_NAME), 16) as state:
         state.write(Record("image", 16, 1, 1, None))
         command = [sys.executable, "-c", "input()"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[state.fd]) as process:
@@ -110,7 +111,7 @@ def test_vmm_without_its_userfaultfd(tmp_path: Path) -> None:
 
 
 def test_locks_go_with_their_process() -> None:
-    with SharedState.anonymous(16) as state:
+    with SharedState.begun(os.memfd_create("test"), 16) as state:
         assert state.paging_process() is None
         child = os.fork()
         if not child:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +17,13 @@ from imagefs.restore.qemu_command import Command, restore_command
 from imagefs.restore.qemu_machine import Machines
 from imagefs.restore.qemu_options import Option, merged, parse_arguments
 
-IMAGE = RestoreImage(Path("/mnt/vm1"), "pc-i440fx-7.2", "ram", 512 << 20, 2)
+
+def image(**changed: Any) -> RestoreImage:
+    base = {"mountpoint": Path("/mnt/vm1"), "machine": "pc-i440fx-7.2", "ram_block": "ram", "ram_bytes": 512 << 20}
+    return RestoreImage(**{**base, "cpus": 2, **changed})
+
+
+IMAGE = image()
 MACHINES = Machines("qemu", frozenset({"pc-i440fx-7.2", "pc-q35-7.2"}), {"pc": "pc-i440fx-7.2", "q35": "pc-q35-7.2"})
 BACKEND = "memory-backend-file,id=ram,size=512M,mem-path=/mnt/vm1/memory,share=off"
 
@@ -143,14 +149,14 @@ def test_other_memory_stays() -> None:
 
 def test_ram_of_the_machine_itself() -> None:
     """Default RAM is the block ``pc.ram``; the id of ours makes it the same block."""
-    found = options("qemu -machine pc", replace(IMAGE, ram_block="pc.ram"))
+    found = options("qemu -machine pc", image(ram_block="pc.ram"))
     assert found["machine"] == ["pc-i440fx-7.2,memory-backend=pc.ram"]
     assert found["object"] == [BACKEND.replace("id=ram", "id=pc.ram")]
 
 
 def test_block_name_of_old_machine_types() -> None:
     """Up to machine types of 4.0 blocks of backends bear the object's path."""
-    assert options("qemu", replace(IMAGE, ram_block="/objects/ram"))["object"] == [BACKEND]
+    assert options("qemu", image(ram_block="/objects/ram"))["object"] == [BACKEND]
 
 
 def test_options_that_say_where_ram_is_are_left_out() -> None:
@@ -160,7 +166,7 @@ def test_options_that_say_where_ram_is_are_left_out() -> None:
 
 
 def test_commas_in_the_mountpoint_are_doubled() -> None:
-    (found,) = options("qemu", replace(IMAGE, mountpoint=Path("/mnt/a,b")))["object"]
+    (found,) = options("qemu", image(mountpoint=Path("/mnt/a,b")))["object"]
     assert found == BACKEND.replace("/mnt/vm1", "/mnt/a,,b")
 
 
@@ -203,7 +209,7 @@ def test_cpus_that_are_plugged_in_are_not_counted() -> None:
 
 
 def test_cpus_that_the_image_does_not_know() -> None:
-    assert "smp" not in options("qemu", replace(IMAGE, cpus=None))
+    assert "smp" not in options("qemu", image(cpus=None))
 
 
 def test_sandbox_in_which_the_state_cannot_be_read() -> None:

@@ -15,10 +15,10 @@ import pytest
 
 from imagefs.cli import restore as cli
 from imagefs.errors import RestoreError, UsageError
-from imagefs.native import preload_path
 from imagefs.restore.door import Request
 from imagefs.restore.doors import choose_door, door_names
 from imagefs.restore.mountpoint import RestoreImage
+from imagefs.restore.shim import preload_path
 
 PROGRAM = """#!{python}
 import json, os, signal, sys

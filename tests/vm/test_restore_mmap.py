@@ -76,6 +76,26 @@ def test_guest_runs_while_its_pages_come(saved: Stored, link: Link, imagefs: lis
     assert verified.returncode == 0, verified.stderr
 
 
+def test_the_next_guest_finds_pages_in_the_kernel(saved: Stored, imagefs: list[str], tmp_path: Path) -> None:
+    """What one guest has read stays in the kernel's cache, also while another one maps the image anew."""
+    mountpoint = tmp_path / "mnt"
+
+    def read() -> int:
+        status = json.loads((mountpoint / ".imagefs" / "status.json").read_text())
+        return int(status["mount"]["bytes_read"])
+
+    with mounted(str(saved.store / "vm1"), mountpoint, f"cache={tmp_path}/cache"):
+        seen = [read()]
+        for _ in range(2):
+            with restored(saved, imagefs, mountpoint, door="mmap") as vm:
+                vm.wait_running()
+                assert vm.ask("check") == checked(saved)
+            seen.append(read())
+    first, second = seen[1] - seen[0], seen[2] - seen[1]
+    assert first > saved.guest.fill_mib << 20
+    assert second < first / 4
+
+
 def test_memory_is_mapped_without_huge_pages(pc: SavedVm, imagefs: list[str]) -> None:
     """The shim's doing: random access (rr), no huge pages (hg), though QEMU asks for them."""
     with resumed(pc, imagefs) as vm:

@@ -19,7 +19,8 @@ from support.mounts import mounted
 from support.nginx import Nginx
 from support.vm import PATIENCE, QEMU, Vm
 
-from imagefs.pager import STATE_NAME, PagerStatistics, state_statistics
+from imagefs.pager import PagerStatistics, state_statistics
+from imagefs.restore.shim import STATE_NAME
 from tests.vm.conftest import FILL_MIB, RTT_MS, SLOW_MBIT
 from tests.vm.restoring import (
     EXIT_DEVICE,

@@ -218,7 +218,9 @@ def test_state_that_qemu_does_not_take(pc: SavedVm, imagefs: list[str]) -> None:
     done = subprocess.run(
         [*command, "-machine", "pc,hpet=off"], capture_output=True, text=True, check=False, timeout=60
     )
-    assert done.returncode == 1
+    # QEMU 7.2 calls exit() while the thread that listens for pages goes on with a channel that is being freed: in
+    # qio_channel_set_blocking() it may end by a signal, after it has said why.
+    assert done.returncode in (1, -signal.SIGSEGV)
     assert "Traceback" not in done.stderr
     assert re.search(r"qemu\S*: .*hpet", done.stderr), done.stderr
 

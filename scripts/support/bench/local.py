@@ -109,5 +109,9 @@ def _anonymous_when_touched(site: Site, way: str, daemon: int) -> int:
 def _anonymous(pid: int) -> int:
     """Anonymous and shared memory of a process, a page that several have counted by its share."""
     wanted = ("Pss_Anon:", "Pss_Shmem:")
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except ProcessLookupError:
+        # What wrote the state to QEMU is about to be reaped.
+        return 0
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(wanted))
