@@ -18,7 +18,7 @@ from imagefs.fetch.flights import Flight, Priority
 from imagefs.fetch.foresight import Foresight
 from imagefs.fetch.locator import Locator
 from imagefs.fetch.memory import MemoryPages
-from imagefs.fetch.neighbours import Neighbourhood
+from imagefs.fetch.neighbours import Neighbourhood, near_windows
 from imagefs.fetch.options import FetchOptions
 from imagefs.fetch.published import PublishedSet
 from imagefs.fetch.scheduler import Scheduler
@@ -251,7 +251,9 @@ class OpenedImage:
             self.trace.touch(first, (offset + length - 1) // PAGE_SIZE - first + 1)
         # What is recorded is a better guess than what lies beside, unless this is a tool's readahead.
         if self._options.prefetch == "all" and (length > self._window_size or not self.foresight.knows):
-            for number in self._neighbourhood.touched(numbers[0], numbers[-1], missed=missed):
+            link = self.scheduler.link
+            near = near_windows(link.bandwidth, link.round_trip, self._window_size)
+            for number in self._neighbourhood.touched(numbers[0], numbers[-1], missed=missed, near=near):
                 self._want_if_known(number)
 
     def _want_if_known(self, number: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagefs.fetch.neighbours import FARTHEST, NEAR, Neighbourhood
+from imagefs.fetch.neighbours import FARTHEST, MOST_NEAR, NEAR, Neighbourhood, near_windows
 
 
 def test_a_jump_brings_both_sides() -> None:
@@ -46,3 +47,18 @@ def test_never_beyond_the_stream(script: list[tuple[int, int, bool]]) -> None:
         wanted = list(near.touched(first, min(99, first + more), missed=missed))
         assert all(0 <= window < 100 for window in wanted)
         assert len(wanted) <= max(FARTHEST, 2 * NEAR)
+
+
+def test_more_where_the_link_has_room() -> None:
+    near = Neighbourhood(1000)
+    assert list(near.touched(100, 100, missed=True, near=6)) == [*range(101, 107), *range(94, 100)]
+    # A sequential reader goes on from there.
+    assert list(near.touched(101, 101, missed=True, near=6)) == [*range(107, 114)]
+
+
+@pytest.mark.parametrize(
+    ("mbit", "rtt_ms", "near"),
+    [(10, 150, NEAR), (100, 40, 11), (1000, 10, MOST_NEAR), (10_000, 0.2, 6), (0, 0, NEAR), (1e9, 1e3, MOST_NEAR)],
+)
+def test_as_many_as_a_round_trip_has_room_for(mbit: float, rtt_ms: float, near: int) -> None:
+    assert near_windows(mbit * 1e6 / 8, rtt_ms / 1e3, 65536) == near

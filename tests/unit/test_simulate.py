@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.simulate.guests import touches_of
+from support.simulate.guests import Chunk, touches_of
 from support.simulate.model import Link, Touch, simulate
 from support.simulate.policies import Combined
 
 from imagefs.fetch.recording import parse_trace
-from imagefs.image.index import ChunkRef, PayloadRef
 
 SIZE = 12_500
 LINK = Link(mbit=10, rtt_ms=100)
@@ -93,7 +92,7 @@ def test_invariants(wanted: list[int], listed: list[int], head_start: float) -> 
 
 
 def test_touches_are_of_pages_that_have_to_be_fetched() -> None:
-    chunk = ChunkRef(bytes(32), PayloadRef(bytes(32), 0, SIZE), 0b0111)
+    chunk = Chunk(0b0111, SIZE)
     lines = parse_trace(b"1.0 16 1 read\n1.5 17 3 read\n2.0 40 1 read\n1.75 18 1 read\n")
     found = touches_of(lines, {1: chunk}, {17}, 16)
     assert found == [Touch(0.0, 16, 1), Touch(0.5, 18, 1), Touch(0.25, 18, 1)]

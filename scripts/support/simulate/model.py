@@ -93,10 +93,17 @@ class _Wire:
 
 
 def simulate(
-    touches: Sequence[Touch], sizes: Mapping[int, int], policy: Policy, link: Link, *, head_start: float = 0.0
+    touches: Sequence[Touch],
+    sizes: Mapping[int, int],
+    policy: Policy,
+    link: Link,
+    *,
+    head_start: float = 0.0,
+    host_seconds: float = 0.0,
 ) -> Outcome:
     """``sizes``: bytes of each window that is to be fetched; all others are here. ``head_start``: seconds from the
-    mount to the guest's start, in which the background has the link for itself."""
+    mount to the guest's start, in which the background has the link for itself. ``host_seconds``: of the host's own
+    for each touch that waits."""
     wire = _Wire(link)
     near: deque[int] = deque()
     listed = deque(policy.begin())
@@ -137,5 +144,5 @@ def simulate(
         if missed:
             waits += 1
             fill(arrives)
-            now = arrives
+            now = arrives + host_seconds
     return Outcome(now - head_start, waits, wire.fetched, len(wire.arrives), len(unasked & wanted))

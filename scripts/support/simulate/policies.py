@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from imagefs.fetch.neighbours import NEAR, Neighbourhood
+from imagefs.fetch.neighbours import NEAR, Neighbourhood, near_windows
 from imagefs.image.capture import KERNEL_TEXT
 from imagefs.image.geometry import PAGE_SIZE
 from support.simulate.guests import RecordedGuest
-from support.simulate.model import Policy
+from support.simulate.model import Link, Policy
 
 Follow = Callable[[int, int, bool], Iterable[int]]
 """Page, window, and whether it had to be waited for: windows that are to follow."""
 Lists = dict[str, list[int]]
+KEPT = "registers mappings data text program"
+"""Of the groups of imagefs/image/likely.py, in their order."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def policies(guest: RecordedGuest) -> Iterator[tuple[str, Callable[[], Policy]]]
         return fresh
 
     yield "demand only", make("")
-    for near in (2, 4, 8, 16):
+    for near in (2, 4, 8, 12, 16, 24, 32):
         yield f"{near} neighbours", make("", near)
     for name in lists:
         yield name, make(name)
@@ -53,13 +55,19 @@ def policies(guest: RecordedGuest) -> Iterator[tuple[str, Callable[[], Policy]]]
     yield "4 neighbours, 4 virtual", make("", NEAR, virtual=4)
     for name in lists:
         yield f"4 neighbours, {name}", make(name, NEAR)
-    kept = "registers mappings data text program"
     yield "4 neighbours, kept, without program", make("registers mappings data text", NEAR)
     yield "4 neighbours, kept, program before text", make("registers mappings program data text", NEAR)
-    yield "4 neighbours, kept, and accessed", make(f"{kept} accessed", NEAR)
-    yield "kept, no neighbours", make(kept)
-    for near in (2, 4, 8, 16):
-        yield f"{near} neighbours, kept", make(kept, near)
+    yield "4 neighbours, kept, and accessed", make(f"{KEPT} accessed", NEAR)
+    yield "kept, no neighbours", make(KEPT)
+    for near in (2, 4, 8, 12, 16, 24, 32):
+        yield f"{near} neighbours, kept", make(KEPT, near)
+
+
+def kept(guest: RecordedGuest, link: Link) -> Policy:
+    """What a mount does over that link."""
+    near = near_windows(link.bandwidth, link.round_trip, guest.chunk_pages * PAGE_SIZE)
+    listed = chain.from_iterable(_windows(guest, guest.likely[name]) for name in KEPT.split())
+    return Combined(tuple(dict.fromkeys(listed)), (physical(guest, near),))
 
 
 def lists_of(guest: RecordedGuest) -> Lists:
@@ -75,16 +83,9 @@ def lists_of(guest: RecordedGuest) -> Lists:
 
 
 def physical(guest: RecordedGuest, near: int) -> Follow:
-    """Windows on either side of one that had to be waited for; with NEAR what a mount does."""
-    if near == NEAR:
-        neighbourhood = Neighbourhood(guest.windows)
-        return lambda page, window, missed: neighbourhood.touched(window, window, missed=missed)
-
-    def follow(page: int, window: int, missed: bool) -> Iterable[int]:
-        beside = chain(range(window + 1, window + near + 1), range(window - near, window))
-        return beside if missed else ()
-
-    return follow
+    """Windows on either side of one that had to be waited for, as a mount does it."""
+    neighbourhood = Neighbourhood(guest.windows)
+    return lambda page, window, missed: neighbourhood.touched(window, window, missed=missed, near=near)
 
 
 def adjacent(guest: RecordedGuest, near: int) -> Follow:
