@@ -35,6 +35,9 @@ START_SECONDS = 10.0
 """After the mount of an image with a working set: who has recorded one starts a guest now. Until then nothing is swept,
 nor fetched for lying beside a touch: what a guest wants is known, and what is missing in the set is seen page by page,
 and is in the next. Pulled out of the air."""
+UNFORETOLD = 8
+"""Reads that had to wait although all that is foretold was here: then the guest goes ways of its own, and the rest is
+fetched as if there were no recording. A guest that does what it did before has none or two of them."""
 FIRST_SAVE = 15.0
 """Seconds until a recording is kept for the first time; doubled each time. At the end of the mount it is kept, too."""
 
@@ -61,12 +64,15 @@ class Foresight:
         self._begun = trio.current_time()
         self._local = self._load()
         self._missing = [page for page in self._local.pages if not sink.has(page, 1)]
+        self._all_asked_for = False
+        self._unforetold = 0
+        self._on_its_own = trio.Event()
         self._saved = 0
 
     @property
     def knows(self) -> bool:
         """Whether a recording says what a guest, which is starting now, will want."""
-        if trio.current_time() > self._begun + START_SECONDS:
+        if self._on_its_own.is_set() or trio.current_time() > self._begun + START_SECONDS:
             return False
         return bool(self._missing) or (self.published is not None and self.published.progress.pages > 0)
 
@@ -74,13 +80,23 @@ class Foresight:
         published = {"state": "none"} if self.published is None else self.published.statistics()
         return {**published, "local_pages": len(self._local)}
 
+    def missed(self) -> None:
+        """A read of memory has to wait."""
+        if self._all_asked_for:
+            self._unforetold += 1
+            if self._unforetold == UNFORETOLD:
+                self._on_its_own.set()
+
     async def fetch(self, target: ForesightTarget, scheduler: Scheduler) -> None:
-        """Everything that recordings know of. Returns when it is here or queued, and a guest has had time to start."""
+        """Everything that recordings know of. Returns when it is here or queued, and a guest has had time to start, or
+        goes ways of its own."""
         if self.published is not None:
             await self.published.land(self._image, self._sink, target)
         await self._fetch_local(target, scheduler)
+        self._all_asked_for = True
         if self.knows:
-            await trio.sleep_until(self._begun + START_SECONDS)
+            with trio.move_on_at(self._begun + START_SECONDS):
+                await self._on_its_own.wait()
 
     async def fetch_likely(self, target: ForesightTarget, scheduler: Scheduler) -> None:
         """What the image's document says is likely to be wanted. Returns when all of it is here or queued."""

@@ -139,6 +139,7 @@ class OpenedImage:
             found = [await self._start(stream, number, missing=len(numbers) == 1) for number in numbers]
             # All flights first, then the waiting: a read of several windows takes one round trip.
             if stream == MEMORY:
+                self.foresight.missed()
                 self._touched(offset, length, trace=touch, missed=True)
             self.scheduler.dispatch()
             windows = [await each.wait() if isinstance(each, Flight) else each for each in found]

@@ -12,6 +12,7 @@ import trio
 from imagefs.cache.disk import DiskCache
 from imagefs.cache.memory import MemoryCache
 from imagefs.errors import MissingObjectError, StoreError, UnavailableError
+from imagefs.fetch import foresight
 from imagefs.fetch.opened import OpenedImage
 from imagefs.fetch.options import FetchOptions
 from imagefs.fetch.published import ATTEMPTS, PublishedSet
@@ -242,6 +243,23 @@ async def test_the_sweep_follows(setup: Setup, autojump_clock: trio.testing.Mock
         while not opened.arrivals.complete:  # noqa: ASYNC110 - on a clock that jumps
             await trio.sleep(0.1)
         assert opened.read_present("memory", 0, len(setup.made.memory)) == setup.made.memory
+
+
+async def test_a_guest_that_goes_ways_of_its_own(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody has foretold ends the waiting for the guest's start: all the rest is fetched."""
+    monkeypatch.setattr(foresight, "START_SECONDS", 1e9)
+    async with setup.open(FetchOptions()) as opened:
+        assert await settled(opened) == "complete"
+        foretold = {page // 16 for page in WANTED}
+        others = (next((p for p in range(w * 16, w * 16 + 16) if not setup.made.is_zero(p)), None) for w in range(43))
+        pages = [page for page in others if page is not None and page // 16 not in foretold]
+        missed = 0
+        while opened.foresight.knows:
+            missed += 1
+            page = pages.pop()
+            assert await opened.read("memory", page * PAGE_SIZE, PAGE_SIZE) == setup.made.page(page)
+        assert missed >= foresight.UNFORETOLD
+        await until(lambda: opened.arrivals.complete)
 
 
 # --- recordings of this host
