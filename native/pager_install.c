@@ -143,8 +143,9 @@ static enum pager_result install_locked(struct imagefs_pager *pager, uint64_t pa
         last = last < page + MOST ? last : page + MOST;
         if (unit == 1)
             end = imagefs_bits_run(answered, page, last, 0);
-        while (unit > 1 && end + unit <= last && !imagefs_bits_all(answered, end, 1))
-            end += unit;
+        else
+            while (end + unit <= last && !imagefs_bits_all(answered, end, 1))
+                end += unit;
         result = install_unanswered(pager, range, page, end - page, data);
     }
     return result;

@@ -145,11 +145,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="imagefs", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action=ShowVersion)
     _add_verbose(parser, 0)
-    # The name saves argparse the import of shutil, with which it would measure the terminal: a guest may be waiting.
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, prog=parser.prog)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = next((word for word in arguments if not word.startswith("-")), None)
-    for name in [wanted] if wanted in COMMANDS and arguments[0] == wanted else COMMANDS:
-        summary = COMMANDS[name]
+    for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         _add_verbose(command, argparse.SUPPRESS)
         if name == wanted:

@@ -37,7 +37,8 @@ nor fetched for lying beside a touch: what a guest wants is known, and what is m
 and is in the next. Pulled out of the air."""
 UNFORETOLD = 8
 """Reads that had to wait although all that is foretold was here: then the guest goes ways of its own, and the rest is
-fetched as if there were no recording. A guest that does what it did before has none or two of them."""
+fetched as if there were no recording. A guest that does what it did before need have none
+(tests/vm/test_working_set.py); the number is pulled out of the air."""
 FIRST_SAVE = 15.0
 """Seconds until a recording is kept for the first time; doubled each time. At the end of the mount it is kept, too."""
 

@@ -39,11 +39,10 @@ class Neighbourhood:
         """The window up to which a sequential reader's future has been asked for."""
 
     def touched(self, first: int, last: int, *, missed: bool, near: int = NEAR) -> Iterator[int]:
-        """Windows to fetch next, the most wanted first, after a read of windows ``first`` to ``last``. ``near`` are
-        fetched on either side of it.
+        """Windows to fetch next, the most wanted first, after a read of windows ``first`` to ``last``.
 
-        ``missed`` tells whether it had to wait. A sequential reader must not have to: it asks for more while half of
-        what it asked for before is still ahead of it.
+        ``missed`` tells whether it had to wait; then ``near`` are fetched on either side. A sequential reader must not
+        have to: it asks for more while half of what it asked for before is still ahead of it.
         """
         sequential = first == self._next or (first == self._next - 1 and last >= first)
         self._next = last + 1

@@ -252,10 +252,13 @@ class OpenedImage:
             self.trace.touch(first, (offset + length - 1) // PAGE_SIZE - first + 1)
         # What is recorded is a better guess than what lies beside, unless this is a tool's readahead.
         if self._options.prefetch == "all" and (length > self._window_size or not self.foresight.knows):
-            link = self.scheduler.link
-            near = near_windows(link.bandwidth, link.round_trip, self._window_size)
+            near = self._near() if missed else 0
             for number in self._neighbourhood.touched(numbers[0], numbers[-1], missed=missed, near=near):
                 self._want_if_known(number)
+
+    def _near(self) -> int:
+        link = self.scheduler.link
+        return near_windows(link.bandwidth, link.round_trip, self._window_size)
 
     def _want_if_known(self, number: int) -> None:
         """A neighbour, unless finding it would take a request of its own."""

@@ -9,7 +9,9 @@ import contextlib
 import logging
 import os
 import select
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -186,16 +188,11 @@ class Pauses:
 @contextmanager
 def private_directory() -> Iterator[Path]:
     """For sockets, whose names have 107 bytes at most."""
-    place = next(filter(None, map(os.environ.get, ("XDG_RUNTIME_DIR", "TMPDIR"))), "/tmp")
-    directory = Path(place, f"imagefs-{os.urandom(8).hex()}")
-    directory.mkdir(0o700)
+    directory = Path(tempfile.mkdtemp(prefix="imagefs-", dir=os.environ.get("XDG_RUNTIME_DIR")))
     owner = os.getpid()
     try:
         yield directory
     finally:
         # Not in a worker, and not where a forked one unwinds.
         if os.getpid() == owner:
-            with contextlib.suppress(OSError):
-                for path in directory.iterdir():
-                    path.unlink()
-                directory.rmdir()
+            shutil.rmtree(directory, ignore_errors=True)

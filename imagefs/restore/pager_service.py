@@ -27,7 +27,7 @@ def serve_vmm(image: RestoreImage, vmm: Vmm, listener: Listener, state_fd: int, 
     """Serve the VMM that we have started until it has ended, or has all of its memory.
 
     ``state_fd``, an empty memfd that it has too, stays the caller's. ``connected`` is called once the listener has
-    done its work. ImagefsError after the VMM was ended.
+    done its work. ImagefsError and OSError after the VMM was ended.
     """
     try:
         pages = page_count(image)
@@ -40,7 +40,7 @@ def serve_vmm(image: RestoreImage, vmm: Vmm, listener: Listener, state_fd: int, 
                     PagerSupervisor(image, handover, state).run()
                 finally:
                     handover.close()
-    except ImagefsError:
+    except (ImagefsError, OSError):
         # What was started may be a script around QEMU.
         vmm.end()
         raise

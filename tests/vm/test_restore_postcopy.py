@@ -212,15 +212,21 @@ def test_qemu_that_does_not_start(pc: SavedVm, imagefs: list[str]) -> None:
     assert re.fullmatch(r"qemu\S*: .*'nonesuch' is not a valid device model name\n", done.stderr), done.stderr
 
 
-def test_state_that_qemu_does_not_take(pc: SavedVm, imagefs: list[str]) -> None:
-    """Without a device that the image has. QEMU says so, and its status is ours."""
-    command = [*imagefs, "restore", str(pc.directory), "--door", "postcopy", "--", QEMU, "-display", "none"]
+def test_state_that_qemu_does_not_take(pc: SavedVm, imagefs: list[str], tmp_path: Path) -> None:
+    """Without a device that the image has. QEMU says so, and its status is ours.
+
+    Which is 1, unless QEMU 7.2 runs into its own exit(): a thread that listens for pages goes on with a channel that is
+    being freed (qio_channel_set_blocking), and it ends by SIGSEGV after it has said why. So a script writes down what
+    it was.
+    """
+    script, ended = tmp_path / "qemu", tmp_path / "status"
+    script.write_text(f'#!/bin/sh\n{QEMU} "$@"\nstatus=$?\necho $status >{ended}\nexit $status\n')
+    script.chmod(0o755)
+    command = [*imagefs, "restore", str(pc.directory), "--door", "postcopy", "--", str(script), "-display", "none"]
     done = subprocess.run(
         [*command, "-machine", "pc,hpet=off"], capture_output=True, text=True, check=False, timeout=60
     )
-    # QEMU 7.2 calls exit() while the thread that listens for pages goes on with a channel that is being freed: in
-    # qio_channel_set_blocking() it may end by a signal, after it has said why.
-    assert done.returncode in (1, -signal.SIGSEGV)
+    assert done.returncode == int(ended.read_text()) != 0
     assert "Traceback" not in done.stderr
     assert re.search(r"qemu\S*: .*hpet", done.stderr), done.stderr
 

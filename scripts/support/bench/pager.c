@@ -234,7 +234,8 @@ static void measure_pager(const char *name, int cache, int present, int ahead, u
 /* The argument is the directory of the cache's file, which stays in the page cache. */
 int main(int argc, char **argv)
 {
-    int cache = open(argc > 1 ? argv[1] : ".", O_RDWR | O_TMPFILE, 0600), empty = new_file(SIZE), present = new_file(SIZE / PAGE / 8);
+    int cache = open(argc > 1 ? argv[1] : ".", O_RDWR | O_TMPFILE, 0600);
+    int empty = new_file(SIZE), present = new_file(SIZE / PAGE / 8);
     uint8_t *source = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     uint8_t *bits = mmap(NULL, SIZE / PAGE / 8, PROT_READ | PROT_WRITE, MAP_SHARED, present, 0);
 
