@@ -15,7 +15,7 @@ from itertools import chain
 NEAR = 4
 """Windows on either side of a touch, at least."""
 MOST_NEAR = 24
-"""At most: with 32 the simulated guests wait less than 5 % shorter over any link, and fetch 5 to 15 % more."""
+"""At most: with 32 the simulated guests wait at most 3 % shorter, over any link, and fetch up to a fifth more."""
 COMPRESSED = 1 / 3
 """Of a window's size, what is fetched for it."""
 FARTHEST = 64
