@@ -250,6 +250,9 @@ class FlightTable:
 
     def _room_for_background(self, now: float) -> bool:
         if self._background >= self._background_limit:
+            if 2 * self._background_bytes < self._link.window():
+                # All of them so small that they say nothing of the link.
+                self._link.starved()
             return False
         if self._background == 0:
             return True
@@ -285,7 +288,8 @@ class FlightTable:
             key, following = next(iter(queue.items()))
             place = following.place
             joins = isinstance(following.ref, ChunkRef) and place.pack == first.place.pack and place.offset == end
-            if not joins or size + place.length > room:
+            # To the nearest: were they all smaller than they should be, all slots together would not fill the window.
+            if not joins or size + place.length - room > room - size:
                 break
             del queue[key]
             flights.append(following)

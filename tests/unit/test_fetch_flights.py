@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -93,6 +94,32 @@ def test_neighbours_in_a_pack_share_a_request_up_to_its_size() -> None:
         assert numbers(request) == those
         assert request is not None
         flights.finish(request)
+
+
+def test_requests_are_as_large_as_they_should_be_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the nearest chunk, not to the next smaller: all slots together fill the window that the size is a part of."""
+    for wanted, chunks in ((2.4 * SIZE, 2), (2.6 * SIZE, 3), (0.2 * SIZE, 1)):
+        link = LinkEstimate(12)
+        monkeypatch.setattr(link, "request_size", lambda wanted=wanted: int(wanted))
+        flights = FlightTable(16, link)
+        for number in range(10):
+            want(flights, number, Priority.SWEEP)
+        assert numbers(flights.next_request()) == list(range(chunks))
+
+
+def test_slots_full_of_little_say_nothing_of_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link could take more: what it brings meanwhile is not all that it can."""
+    for window, starved in ((100 * SIZE, True), (SIZE, False)):
+        link = LinkEstimate(4)
+        told: list[bool] = []
+        monkeypatch.setattr(link, "window", lambda window=window: window)
+        monkeypatch.setattr(link, "starved", lambda told=told: told.append(True))
+        flights = FlightTable(8, link)
+        for number in range(0, 40, 2):
+            want(flights, number, Priority.SWEEP)
+        while flights.next_request() is not None:
+            pass
+        assert bool(told) == starved
 
 
 def test_the_background_has_no_more_under_way_than_the_link_takes() -> None:
