@@ -37,6 +37,9 @@ _UNLIMITED = 64 * 1024 * 1024
 """Bytes that bound what a rate of infinity would not."""
 _INFINITE_RATE = 1e15
 _SOCKET_BUFFER = 256 * 1024
+_SEGMENT = 1448
+"""Bytes of a TCP segment, as on Ethernet. With the 64 KiB of the loopback device an answer is one or two segments, and
+the last of them may wait 40 ms for an acknowledgement that its receiver delays."""
 _MAX_CONNECTIONS = 400
 """select() knows 1024 files; a connection has two."""
 
@@ -86,6 +89,7 @@ class Shaper:
     ) -> None:
         self._listener = listener
         self._listener.setblocking(False)
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _SEGMENT)
         self._target = target
         self._clock = clock
         self._connections: list[_Connection] = []
@@ -190,6 +194,7 @@ class Shaper:
             _reset(client)
             return
         server = socket.socket(socket.AF_INET6 if ":" in self._target[0] else socket.AF_INET)
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _SEGMENT)
         for sock in (client, server):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
