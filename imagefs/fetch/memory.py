@@ -17,7 +17,7 @@ class MemoryPages:
         self.arrivals = ArrivalLog(pages, sink.bitmap)
         self._chunk_pages = chunk_pages
         self._sink = sink
-        self._check_complete()
+        self.check_complete()
 
     def window_span(self, number: int) -> tuple[int, int]:
         """First page and number of pages of a window; the last one may be short."""
@@ -63,15 +63,16 @@ class MemoryPages:
             if content.bit_count() < pages and not self._sink.has(first, pages):
                 for at, count in _runs_of_zeros(content, pages):
                     self._sink.put_zeros(first + at, count)
-        self._check_complete()
+        self.check_complete()
 
     def _announce(self, first: int, count: int) -> None:
         # A full disk keeps nothing: whoever was waiting has the bytes, and nobody else must be told.
         if self._sink.has(first, count):
             self.arrivals.add(Run(first, count))
-            self._check_complete()
+            self.check_complete()
 
-    def _check_complete(self) -> None:
+    def check_complete(self) -> None:
+        """To be called, too, when nothing is left to be fetched: another daemon may have put the rest into the cache."""
         if not self.arrivals.complete and self._sink.has(0, self.pages):
             self.arrivals.finish()
 

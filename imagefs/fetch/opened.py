@@ -196,6 +196,7 @@ class OpenedImage:
         if self._options.prefetch == "all":
             await self.foresight.fetch_likely(self, self.scheduler)
             await sweep(self._image.manifest.streams[MEMORY], self._chunk_pages, self, self.scheduler)
+            self._pages.check_complete()
 
     # --- reading
 

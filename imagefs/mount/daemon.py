@@ -203,8 +203,15 @@ def _start_logging(log_file: TextIO | None, verbose: bool, *, detached: bool = F
         handler = logging.StreamHandler()
         handler.setFormatter(_OneLine("mount.imagefs: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("pyfuse3").addFilter(_someone_waited)
     if log_file is not None or verbose:
         logging.getLogger("imagefs").setLevel(logging.INFO)
+
+
+def _someone_waited(record: logging.LogRecord) -> bool:
+    """Nobody waits for the answer to a release, and at the end of a mount the kernel has forgotten it (ENOENT)."""
+    text = record.getMessage()
+    return not (text.startswith("fuse_release()") and text.endswith(os.strerror(errno.ENOENT)))
 
 
 def _leave_terminal(log_file: TextIO | None) -> None:

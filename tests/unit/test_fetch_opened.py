@@ -320,6 +320,22 @@ async def test_what_another_daemon_brought_is_told_in_the_end(setup: Setup) -> N
     other.close()
 
 
+async def test_a_sweep_that_another_daemon_has_overtaken_is_complete(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = setup.disk()
+
+    def is_here(opened: OpenedImage, window: int) -> bool:
+        other.put(0, MEMORY)
+        return True
+
+    monkeypatch.setattr(OpenedImage, "is_here", is_here)
+    async with setup.open(FetchOptions()) as opened:
+        await until(lambda: opened.arrivals.complete)
+        assert opened.scheduler.counters.chunks == 0
+    other.close()
+
+
 class Full(DiskCache):
     """Keeps nothing."""
 
