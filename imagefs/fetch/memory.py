@@ -72,7 +72,7 @@ class MemoryPages:
             self.check_complete()
 
     def check_complete(self) -> None:
-        """To be called, too, when nothing is left to be fetched: another daemon may have put the rest into the cache."""
+        """To be called when nothing is left to be fetched, too: another daemon may have put the rest into the cache."""
         if not self.arrivals.complete and self._sink.has(0, self.pages):
             self.arrivals.finish()
 
