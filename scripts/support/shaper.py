@@ -10,6 +10,7 @@ The model, per direction:
   receiver has not taken: beyond that its sender blocks, as with TCP's windows.
 - The first bytes of a client leave one round trip after it connected, so that its first answer takes at least two,
   as with a real handshake.
+- Segments are as large as on Ethernet.
 
 What it does not model: loss, slow start, headers (a real 100 Mbit/s Ethernet carries 94 Mbit/s of payload), and a
 ``connect()`` that takes time: the kernel accepts at once, and a target that refuses shows as a reset connection.
